@@ -1,0 +1,170 @@
+"""Every knob of a training run: one flat dataclass. Its fields and their comments are the flags and their help.
+
+A setting comes from, in rising order: the defaults here, which are the papers' at model scale; EMBEDDED, with the
+embedded model; METHODS, what a method's paper does otherwise; the command line.
+"""
+
+import argparse
+import dataclasses
+import inspect
+import re
+from dataclasses import dataclass
+from typing import Literal, get_args, get_origin
+
+# name -> (the switch it sets, what it is, what its paper's objective differs in from our defaults)
+METHODS = {
+    "prompt": ("prompts", "Prompt Replay (2603.21177): prompts of medium pass rate come back, with fresh answers", {}),
+    "prioritized": ("prompts", "Prioritized Replay (2601.02648): prompts by p(1-p), with retests", {"clip_high": 0.2}),
+    "greso": ("prompts", "GRESO (2506.02177), a baseline: pass over prompts that were dead lately", {}),
+    "dapo": ("fill", "DAPO (2503.14476), a baseline: generate again until the batch is full", {"clip_high": 0.28}),
+    "group": (
+        "fill",
+        "POPO (2606.01281): recent useful groups stand in for dead ones",
+        {"clip_high": 0.28, "dual_clip": 10.0, "advantage": "std"},
+    ),
+    "rollout": (
+        "extra",
+        "rollout-level replay (2606.04560): young stored answers of large advantage are added",
+        {"clip_high": 0.28, "dual_clip": 10.0, "advantage": "std", "proximal": "birth"},
+    ),
+}
+
+# what differs from the defaults below, which are the papers', with the embedded model: a demo of minutes
+EMBEDDED = {
+    "prompts_per_step": 16, "answers_per_prompt": 8, "max_tokens": 15, "lr": 5e-4, "steps": 400,
+    "eval_every": 20, "eval_prompts": 400, "save_every": 50, "reward": "equation", "dtype": "float32", "threads": 1,
+}  # fmt: skip
+
+
+@dataclass
+class Config:
+    # ---- what is trained, and on what
+    model: str = ""  # Hugging Face id or folder; without it the embedded model is made and trained
+    data: str = ""  # .jsonl, .json, .parquet or .csv file; without it the embedded task
+    problem_column: str | None = None  # column of the problem; found by itself if it has a usual name
+    answer_column: str | None = None  # column of the gold answer; found by itself if it has a usual name
+    max_prompts: int = 0  # train on the first so many prompts only; 0: all
+    reward: str = "math"  # math, equation, random, always, format, or path/to/file.py:function
+    # ---- the run
+    out: str = ""  # folder of the run; default: a new one under out/
+    seed: int = 0  # of prompt order, sampling and replay
+    steps: int = 500  # optimiser batches to train for
+    resume: bool = False  # go on from the newest checkpoint in --out, as if never stopped
+    save_every: int = 20  # steps between checkpoints
+    eval_every: int = 20  # steps between evaluations on held-out prompts; 0: never
+    eval_prompts: int = 200  # held-out prompts (at most a tenth of the data)
+    eval_samples: int = 1  # answers to each of them
+    threads: int = 0  # CPU threads; 0: PyTorch's choice
+    # ---- replay
+    replay: str = "none"  # prompt, prioritized, greso; dapo, group; rollout; several with +; alone it means prompt
+    band: tuple[float, float] = (0.25, 0.75)  # prompt: pass rates that may come back, ends included
+    share: float = 0.75  # prompt: largest share of a batch that may be replayed
+    cooldown: int = 10  # prompt: least steps between two uses of a prompt
+    max_reuse: int = 15  # prompt: most times a prompt comes back
+    smoothing: float = 0.8  # prioritized: weight of the newest pass rate
+    initial_priority: float = 0.2  # prioritized: p(1-p) ascribed to prompts never seen
+    explore: float = 0.125  # prioritized: chance that a whole batch is drawn at random
+    retest_every: int = 10  # prioritized: steps between retests of solved and unsolved prompts; 0: none
+    retest_solved: float = 0.25  # prioritized: share of a retest batch that goes to solved prompts
+    tie_bias: float = 1e-4  # prioritized: head start of pass rates of one half and more
+    dead_target: float = 0.25  # greso: zero-variance share aimed at
+    max_rounds: int = 10  # dapo: most generation rounds a step
+    group_capacity: int = 0  # group: groups stored; 0: two steps' worth
+    replay_ratio: float = 0.5  # rollout: stored answers added, per fresh useful one
+    priority_exponent: float = 0.5  # rollout: exponent of |advantage| when drawing
+    max_age: int = 10  # rollout: most steps since birth
+    replay_warmup: int = 20  # rollout: first step with replay
+    rollout_capacity: int = 30_000  # rollout: answers stored
+    # ---- rollouts
+    engine: Literal["auto", "transformers"] = "auto"  # what generates
+    prompts_per_step: int = 32  # P
+    answers_per_prompt: int = 16  # G
+    max_prompt_tokens: int = 1024  # longer prompts are left out and counted
+    max_tokens: int = 7168  # of an answer
+    temperature: float = 1.0  # of sampling; log-probs are taken at the same
+    rollout_batch: int = 512  # transformers engine: answers decoded side by side
+    # ---- objective
+    advantage: Literal["centred", "std", "rloo"] = "centred"  # how rewards of a group become advantages
+    loss: Literal["clip", "cispo"] = "clip"  # PPO's clipped objective, or CISPO's clipped weight
+    ratio: Literal["token", "sequence"] = "token"  # level of the ratio; sequence is GSPO
+    normaliser: Literal["token", "sequence", "constant"] = "token"  # DAPO's token mean, GRPO's, or Dr. GRPO's
+    proximal: Literal["old", "birth"] = "old"  # clip around the step's first policy, or the one that sampled
+    clip_low: float = 0.2  # ratio may fall by this
+    clip_high: float = 0.272  # ratio may rise by this
+    dual_clip: float | None = None  # bound on the loss of wrong answers grown likely
+    is_cap: float | None = 2.0  # truncation of importance weights; 0: no weights
+    kl: float = 0.0  # coefficient of a k3 KL to the initial model
+    mask_truncated: bool = False  # answers cut at the limit count in their group, but are not trained on
+    # ---- optimiser
+    lr: float = 1e-6  # constant
+    weight_decay: float = 0.0  # AdamW's
+    grad_clip: float = 1.0  # largest gradient norm
+    minibatches: int = 1  # optimiser steps per batch
+    tokens_per_microbatch: int = 16_384  # bounds the memory of the update
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"  # of computation; weights are float32 always
+    gradient_checkpointing: bool = False  # trade time for memory
+
+
+# settings that may differ between a run and its resumption
+FREE = {"out", "steps", "resume", "save_every", "eval_every", "rollout_batch"}
+
+
+def parse(argv: list[str], description: str) -> tuple[Config, list[str]]:
+    """Flags from the fields of Config and their comments. Returns the configuration and the fields given by hand."""
+    comments = dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(Config), re.M))
+    methods = "\n".join(f"  {name:12}{text}" for name, (_, text, _) in METHODS.items())
+    parser = argparse.ArgumentParser(
+        description=description, epilog=f"--replay takes\n{methods}", allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter, argument_default=argparse.SUPPRESS,
+    )  # fmt: skip
+    for field in dataclasses.fields(Config):
+        flag, kind = "--" + field.name.replace("_", "-"), field.type
+        usual = EMBEDDED.get(field.name)
+        text = f"{comments[field.name]} ({field.default}{'' if usual is None else f'; embedded model: {usual}'})"
+        text = text.replace("%", "%%")
+        if field.name == "replay":
+            parser.add_argument(flag, nargs="?", const="prompt", metavar="NAME", help=text)
+        elif kind is bool:
+            parser.add_argument(flag, action="store_true", help=text)
+        elif get_origin(kind) is Literal:
+            parser.add_argument(flag, choices=get_args(kind), help=text)
+        elif get_origin(kind) is tuple:
+            parser.add_argument(flag, nargs=2, type=float, metavar=("LOW", "HIGH"), help=text)
+        else:
+            first = (get_args(kind) or (kind,))[0]  # `float | None` reads a float
+            parser.add_argument(flag, type=first, metavar=first.__name__.upper(), help=text)
+    given = vars(parser.parse_args(argv))
+    settings = {} if given.get("model") else dict(EMBEDDED)
+    for name in given.get("replay", "none").split("+"):
+        settings |= METHODS[name][2] if name in METHODS else {}
+    cfg = Config(**settings | given)
+    cfg.band = tuple(cfg.band)
+    return cfg, sorted(given)
+
+
+def validate(cfg: Config) -> dict[str, str]:
+    """Raises ValueError, in one line, for settings that cannot be meant. Returns which method sets which switch."""
+    switches: dict[str, str] = {}
+    for name in [] if cfg.replay == "none" else cfg.replay.split("+"):
+        if name not in METHODS:
+            raise ValueError(f"--replay {name} is not known; choose from {', '.join(METHODS)} or join some with +")
+        switch = METHODS[name][0]
+        if switch in switches:
+            raise ValueError(f"--replay {switches[switch]} and {name} both decide the same thing; choose one of them")
+        switches[switch] = name
+    for name, least in {
+        "answers_per_prompt": 2, "prompts_per_step": 1, "steps": 1, "save_every": 1, "eval_every": 0, "max_tokens": 1,
+        "minibatches": 1, "max_prompts": 0, "max_rounds": 1, "tokens_per_microbatch": 1, "rollout_batch": 1,
+        "max_prompt_tokens": 1, "eval_prompts": 0, "eval_samples": 1, "threads": 0, "group_capacity": 0,
+    }.items():  # fmt: skip
+        if getattr(cfg, name) < least:
+            raise ValueError(f"--{name.replace('_', '-')} must be at least {least}, got {getattr(cfg, name)}")
+    if cfg.temperature <= 0:
+        raise ValueError(f"--temperature must be above 0 to train on samples, got {cfg.temperature}")
+    if not cfg.lr > 0 or not cfg.grad_clip > 0:
+        raise ValueError(f"--lr and --grad-clip must be above 0, got {cfg.lr} and {cfg.grad_clip}")
+    if not 0 <= cfg.clip_low <= 1 or cfg.clip_high < 0:
+        raise ValueError(f"--clip-low must be in [0, 1] and --clip-high >= 0, got {cfg.clip_low} and {cfg.clip_high}")
+    if cfg.model and not cfg.data:
+        raise ValueError("--model needs --data: a .jsonl, .json, .parquet or .csv file with problems and answers")
+    return switches

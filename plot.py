@@ -1,0 +1,105 @@
+"""Figures of a run, from its metrics.jsonl alone.
+
+python plot.py out/RUN        writes out/RUN/curves.png
+"""
+
+import json
+import sys
+from pathlib import Path
+
+BLUE, ORANGE, GREY, GREEN = "#2a6f97", "#e07a1f", "#8d99ae", "#3a7d44"
+
+
+def read(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def series(rows: list[dict], key: str, smooth: int = 1) -> tuple[list[int], list[float]]:
+    """Steps and values of the rows that have `key`; a trailing mean over `smooth` of them."""
+    points = [(row["step"], row[key]) for row in rows if row.get(key) is not None]
+    values = [value for _, value in points]
+    means = [sum(values[max(0, i - smooth + 1) : i + 1]) / min(i + 1, smooth) for i in range(len(values))]
+    return [step for step, _ in points], means
+
+
+def pass_rate_bars(axis, rows: list[dict]) -> None:
+    """Share of groups at each pass rate over the whole run, fresh and replayed prompts side by side."""
+    for shift, (key, label, colour) in enumerate(
+        [("pass_rates_fresh", "fresh prompts", BLUE), ("pass_rates_replayed", "replayed prompts", ORANGE)]
+    ):
+        totals = [sum(column) for column in zip(*(row[key] for row in rows), strict=True)]
+        if not sum(totals):
+            continue
+        size = len(totals) - 1
+        places = [(k + 0.42 * shift - 0.21) / size for k in range(size + 1)]
+        axis.bar(places, [n / sum(totals) for n in totals], 0.4 / size, color=colour, label=label)
+    axis.set(title="pass rates of groups", xlabel="share of right answers", ylabel="share of groups")
+    axis.legend(frameon=False, fontsize=8)
+
+
+def what_replay_did(axis, rows: list[dict]) -> None:
+    """How often prompts came back, or how old the replayed answers were, whichever the method has."""
+    ages: dict[int, int] = {}
+    for row in rows:
+        for age, count in enumerate(row.get("replay_ages", [])):
+            ages[age] = ages.get(age, 0) + count
+    ages = {age: count for age, count in ages.items() if count}
+    if ages:
+        axis.bar(list(ages), list(ages.values()), color=ORANGE)
+        axis.set(title="age of what was replayed", xlabel="steps since it was sampled", ylabel="count")
+    elif any(rows[-1].get("prompt_uses", [])):
+        uses = rows[-1]["prompt_uses"]
+        first = 1 if uses[0] == 0 else 0
+        axis.bar(range(first, len(uses)), uses[first:], color=ORANGE)
+        axis.set(title="how often prompts came back", xlabel="times replayed", ylabel="prompts")
+    else:
+        for key, colour, label in (("distinct_prompts", BLUE, "distinct prompts"),):
+            axis.plot(*series(rows, key), color=colour, label=label)
+        axis.set(title="distinct prompts seen", xlabel="step")
+
+
+def curves(folder: Path) -> Path:
+    """Six panels: accuracy, dead groups, |advantage|, pass rates, what replay did, where time went."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    rows = read(folder / "metrics.jsonl")
+    smooth = max(len(rows) // 40, 1)
+    figure, axes = plt.subplots(2, 3, figsize=(13, 7), layout="constrained")
+    (accuracy, dead, advantage), (rates, replay, entropy) = axes
+
+    steps, values = series(rows, "eval_accuracy")
+    if rows[0].get("eval_accuracy_start") is not None:
+        steps, values = [0, *steps], [rows[0]["eval_accuracy_start"], *values]
+    accuracy.plot(*series(rows, "reward", smooth), color=GREY, label="reward in training")
+    accuracy.plot(steps, values, color=BLUE, marker="o", markersize=3, label="held-out accuracy")
+    accuracy.set(title="accuracy", xlabel="step", ylim=(0, 1))
+
+    dead.plot(*series(rows, "zero_variance", smooth), color=GREY, label="all")
+    dead.plot(*series(rows, "zero_variance_fresh", smooth), color=BLUE, label="fresh prompts")
+    dead.plot(*series(rows, "zero_variance_replayed", smooth), color=ORANGE, label="replayed prompts")
+    dead.set(title="zero-variance share of groups", xlabel="step", ylim=(0, 1))
+
+    advantage.plot(*series(rows, "mean_abs_advantage", smooth), color=BLUE, label="mean |reward - group mean|")
+    advantage.plot(*series(rows, "replayed", smooth), color=ORANGE, label="share of prompts replayed")
+    advantage.set(title="signal per answer, and replay", xlabel="step", ylim=(0, None))
+
+    pass_rate_bars(rates, rows)
+    what_replay_did(replay, rows)
+    entropy.plot(*series(rows, "entropy", smooth), color=GREEN, label="nats per token")
+    entropy.set(title="entropy", xlabel="step", ylim=(0, None))
+    for axis in axes.flat:
+        axis.spines[["top", "right"]].set_visible(False)
+        if axis.get_legend_handles_labels()[0]:
+            axis.legend(frameon=False, fontsize=8)
+    path = folder / "curves.png"
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+    return path
+
+
+if __name__ == "__main__":
+    for name in sys.argv[1:]:
+        print(curves(Path(name)))

@@ -1,0 +1,301 @@
+"""GRPO with replay: sample answers, score them 0 or 1, push towards the better, and spend rollouts where they teach.
+
+    python train.py --replay                               the embedded model and task, on a CPU, in minutes
+    python train.py --model Qwen/Qwen3-8B --replay         the real thing
+    python train.py --model PATH --data FILE.jsonl         your model, your problems
+
+One step, read `main` from top to bottom: draw prompts, generate, score, observe, complete the batch, update, sync, log.
+"""
+
+import copy
+import hashlib
+import json
+import signal
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+import checkpoint
+import config
+import data
+import eval
+import grpo
+import log
+import plot
+import reward
+import tiny
+from buffer import Group, GroupReplay, RolloutReplay, Surplus
+from config import Config
+from replay import GRESO, Prioritized, PromptReplay, Uniform
+from rollout import TransformersEngine, load_model
+
+HERE = Path(__file__).parent
+
+
+@dataclass
+class Run:
+    """All that a step needs; what of it changes is what a checkpoint holds."""
+
+    cfg: Config
+    folder: Path
+    model: torch.nn.Module
+    reference: torch.nn.Module | None  # the model as loaded, for the KL
+    tokenizer: object
+    engine: TransformersEngine
+    optimizer: torch.optim.Optimizer
+    reward: Callable[[list[str], list[str]], list[float]]
+    prompts: list[data.Prompt]
+    held_out: list[data.Prompt]
+    digest: str  # of the prompts: a run is resumed on the data it was started on
+    sampler: Uniform | PromptReplay | Prioritized | GRESO
+    stores: dict[str, Surplus | GroupReplay | RolloutReplay]
+    step: int = 0  # done so far; so are these two, which are the run's cost
+    rollouts: int = 0
+    tokens: int = 0
+
+
+def prepare(cfg: Config) -> Run:
+    """Everything that can go wrong by a user's mistake goes wrong here, as a ValueError or OSError of one line."""
+    switches = config.validate(cfg)
+    torch.set_num_threads(cfg.threads or torch.get_num_threads())
+    folder = choose_folder(cfg)
+    reward_function = reward.load(cfg.reward)
+    model, tokenizer, stop_ids = load_model(
+        cfg.model or str(tiny.make(HERE / "out" / "tiny-model")), cfg.gradient_checkpointing
+    )
+    prompts, held_out = load_prompts(cfg, tokenizer)
+    run = Run(
+        cfg=cfg,
+        folder=folder,
+        model=model,
+        reference=copy.deepcopy(model).requires_grad_(False) if cfg.kl else None,
+        tokenizer=tokenizer,
+        engine=TransformersEngine(model, stop_ids, cfg.max_tokens, cfg.temperature, cfg.rollout_batch),
+        optimizer=torch.optim.AdamW(
+            model.parameters(), lr=cfg.lr, betas=(0.9, 0.95), weight_decay=cfg.weight_decay, fused=True
+        ),
+        reward=reward_function,
+        prompts=prompts,
+        held_out=held_out,
+        digest=hashlib.sha256(json.dumps([(p.text, p.answer) for p in prompts]).encode()).hexdigest(),
+        sampler=make_sampler(switches.get("prompts"), len(prompts), cfg),
+        stores=make_stores(switches, cfg),
+    )
+    if cfg.resume:
+        checkpoint.resume(run)
+    return run
+
+
+def make_sampler(name: str | None, n: int, cfg: Config):
+    if name == "prompt":
+        return PromptReplay(n, cfg.seed, cfg.band, cfg.share, cfg.cooldown, cfg.max_reuse)
+    if name == "prioritized":
+        return Prioritized(
+            n, cfg.seed, cfg.smoothing, cfg.initial_priority, cfg.explore, cfg.retest_every, cfg.retest_solved,
+            cfg.tie_bias,
+        )  # fmt: skip
+    return GRESO(n, cfg.seed, cfg.dead_target) if name == "greso" else Uniform(n, cfg.seed)
+
+
+def make_stores(switches: dict[str, str], cfg: Config) -> dict:
+    """The stores that the batch passes through, in this order: fill dead places first, then add stored answers."""
+    stores = {}
+    if switches.get("fill") == "dapo":
+        stores["dapo"] = Surplus()
+    if switches.get("fill") == "group":
+        stores["group"] = GroupReplay(cfg.group_capacity or 2 * cfg.prompts_per_step, cfg.seed)
+    if switches.get("extra") == "rollout":
+        stores["rollout"] = RolloutReplay(
+            cfg.seed, cfg.replay_ratio, cfg.priority_exponent, cfg.max_age, cfg.replay_warmup, cfg.rollout_capacity
+        )
+    return stores
+
+
+# ---------------------------------------------------------------- model, data, folder
+
+
+def load_prompts(cfg: Config, tokenizer) -> tuple[list[data.Prompt], list[data.Prompt]]:
+    """Training and held-out prompts."""
+    if cfg.data:
+        pairs = data.from_rows(data.read_rows(cfg.data), cfg.data, cfg.problem_column, cfg.answer_column)
+        pairs, held_out = data.split(pairs, min(cfg.eval_prompts, len(pairs) // 10))
+    else:
+        pairs = data.arithmetic(2000 + cfg.eval_prompts)
+        pairs, held_out = pairs[cfg.eval_prompts :], pairs[: cfg.eval_prompts]
+    prompts, skipped = data.encode(pairs[: cfg.max_prompts or None], tokenizer, cfg.max_prompt_tokens)
+    if skipped:
+        print(f"{skipped} of {len(prompts) + skipped} prompts are longer than {cfg.max_prompt_tokens} tokens: left out")
+    if len(prompts) < cfg.prompts_per_step:
+        raise ValueError(
+            f"{len(prompts)} training prompts are fewer than the {cfg.prompts_per_step} of one step; give more data or "
+            "lower --prompts-per-step"
+        )
+    return prompts, data.encode(held_out, tokenizer, cfg.max_prompt_tokens)[0]
+
+
+def choose_folder(cfg: Config) -> Path:
+    """--out, or the first free out/MODEL-METHOD-sSEED; with --resume the newest of them that has a checkpoint."""
+    if cfg.out:
+        folder = Path(cfg.out)
+        if not cfg.resume and (folder / "metrics.jsonl").exists():
+            raise ValueError(f"{folder} holds a run already; go on with it by --resume, or give another --out")
+        return folder
+    name = f"{Path(cfg.model or 'tiny').name}-{cfg.replay if cfg.replay != 'none' else 'grpo'}-s{cfg.seed}"
+    folders = [HERE / "out" / (name if i == 1 else f"{name}-{i}") for i in range(1, 1000)]
+    if cfg.resume:
+        return next((f for f in reversed(folders) if checkpoint.newest(f)), folders[0])
+    return next(f for f in folders if not f.exists())
+
+
+# ---------------------------------------------------------------- one step, in parts
+
+
+def score(run: Run, groups: list[Group]) -> list[list[str]]:
+    """Sets rewards and advantages of `groups`; returns their texts."""
+    texts = [[run.tokenizer.decode(t, skip_special_tokens=True) for t in group.tokens] for group in groups]
+    golds = [run.prompts[group.prompt].answer for group in groups for _ in group.tokens]
+    rewards = torch.tensor(run.reward([t for group in texts for t in group], golds), dtype=torch.float32)
+    for group, values in zip(groups, rewards.view(len(groups), -1), strict=True):  # [G]
+        group.rewards, group.advantages = values.clone(), grpo.advantages(values, run.cfg.advantage)
+    return texts
+
+
+def observe(sampler, groups: list[Group], step: int) -> None:
+    rewards = torch.stack([group.rewards for group in groups])  # [P, G]
+    binary = bool(((rewards == 0) | (rewards == 1)).all())
+    variance = None if binary else rewards.var(1, unbiased=False).tolist()
+    count = rewards.shape[1]
+    sampler.observe(
+        [group.prompt for group in groups], rewards.sum(1).tolist(), [count] * len(groups), step, variance=variance
+    )
+
+
+def training_sequences(run: Run, batch: list[Group], step: int) -> list[grpo.Sequence]:
+    return [
+        grpo.Sequence(run.prompts[group.prompt].ids, tokens, logprobs, advantage, step - group.birth)
+        for group in batch
+        for tokens, logprobs, advantage, cut in zip(
+            group.tokens, group.logprobs, group.advantages.tolist(), group.truncated, strict=True
+        )
+        if not (cut and run.cfg.mask_truncated)
+    ]
+
+
+class Stop:
+    """Ctrl-C and SIGTERM let the step in hand finish, then the run is saved and left; a second one stops at once."""
+
+    def __init__(self):
+        self.signal = 0
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self.note)
+
+    def note(self, number, _frame):
+        if self.signal:
+            raise KeyboardInterrupt
+        self.signal = number
+        tqdm.write("stopping after this step; once more to stop at once", file=sys.stderr)
+
+
+def evaluate(run: Run) -> float:
+    return eval.accuracy(run.engine, run.held_out, run.tokenizer, run.reward, run.cfg.eval_samples, run.cfg.seed)
+
+
+def samples(run: Run, groups: list[Group], texts: list[list[str]], step: int, count: int = 2) -> list[dict]:
+    """A few of the step's answers as text."""
+    rows = []
+    for group, answers in list(zip(groups, texts, strict=True))[:count]:
+        prompt = run.prompts[group.prompt]
+        for i in range(min(count, len(answers))):
+            row = {"step": step, "prompt": prompt.text, "response": answers[i], "answer": prompt.answer}
+            rows.append(row | {"reward": group.rewards[i].item(), "truncated": group.truncated[i]})
+    return rows
+
+
+def train(run: Run) -> int:
+    """The loop. Returns the signal that ended it early, or 0."""
+    cfg, stop = run.cfg, Stop()
+    surplus = run.stores.get("dapo")
+    evaluates = cfg.eval_every and run.held_out
+    start = {"eval_accuracy_start": evaluate(run)} if evaluates and run.step == 0 else {}
+    progress = tqdm(range(run.step + 1, cfg.steps + 1), initial=run.step, total=cfg.steps, unit="step", disable=None)
+    for step in progress:
+        clock, seconds = log.Clock(), dict.fromkeys(("rollout", "reward", "update", "sync"), 0.0)
+        groups: list[Group] = []
+        useful: list[Group] = []  # those with a gradient; dead groups never reach the update
+
+        # Rollouts: one round, or with dynamic sampling (DAPO) as many as fill the batch, within bounds.
+        for _ in range(cfg.max_rounds if surplus else 1):
+            drawn = run.sampler.draw(cfg.prompts_per_step, step)
+            if not drawn:
+                break  # a small data set: every prompt is in this step already
+            new = run.engine.generate([run.prompts[i] for i in drawn], cfg.answers_per_prompt, cfg.seed, step)
+            seconds["rollout"] += clock.lap()
+            texts = score(run, new)
+            seconds["reward"] += clock.lap()
+            observe(run.sampler, new, step)  # dead groups too: that a prompt is solved is worth knowing
+            groups += new
+            useful += [group for group in new if not group.dead]
+            if surplus and len(surplus.carried) + len(useful) >= cfg.prompts_per_step:
+                break
+
+        # What is trained on: useful fresh groups, stored ones in place of dead ones, stored answers on top.
+        batch = useful
+        for store in run.stores.values():
+            batch = store.complete(batch, cfg.prompts_per_step, step)
+        trained = grpo.update(run.model, run.optimizer, training_sequences(run, batch, step), cfg, step, run.reference)
+        seconds["update"] += clock.lap()
+        sync_error = run.engine.sync()
+        seconds["sync"] += clock.lap()
+
+        run.step = step
+        run.rollouts += sum(len(group.tokens) for group in groups)
+        run.tokens += sum(len(tokens) for group in groups for tokens in group.tokens)
+        row = {"step": step} | log.rollout_figures(groups, run.sampler.epochs.replays) | trained
+        row |= {"distinct_prompts": int(run.sampler.epochs.seen.sum()), "rollouts": run.rollouts, "tokens": run.tokens}
+        row |= {"lr": cfg.lr, "sync_error": sync_error, "trained_groups": len(batch)} | run.sampler.figures()
+        for store in run.stores.values():
+            row |= store.figures(step)
+        row |= reward.counts() | start
+        start = {}
+        row |= {f"seconds_{name}": value for name, value in seconds.items()}
+        row |= {"seconds_total": sum(seconds.values()), "peak_memory_mb": log.peak_memory_mb()}
+        if evaluates and (step % cfg.eval_every == 0 or step == cfg.steps):
+            row["eval_accuracy"] = evaluate(run)
+            log.append(run.folder / "samples.jsonl", samples(run, groups, texts, step))
+        log.append(run.folder / "metrics.jsonl", [row])
+        progress.write(log.line(row))
+        if step % cfg.save_every == 0 or step == cfg.steps or stop.signal:
+            checkpoint.save(run)
+        if stop.signal:
+            break
+    return stop.signal
+
+
+def main(argv: list[str]) -> int:
+    cfg, given = config.parse(argv, __doc__)
+    try:
+        run = prepare(cfg)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    run.folder.mkdir(parents=True, exist_ok=True)
+    (run.folder / "config.json").write_text(json.dumps(asdict(cfg) | {"given": given}, indent=2) + "\n")
+    print(f"run folder: {run.folder}{f', going on after step {run.step}' if run.step else ''}")
+    ended_by = train(run)
+    if ended_by:
+        print(f"saved after step {run.step}; go on with --resume --out {run.folder}")
+        return 128 + ended_by
+    run.model.save_pretrained(run.folder / "model")
+    run.tokenizer.save_pretrained(run.folder / "model")
+    rows = plot.read(run.folder / "metrics.jsonl")
+    print(log.summary(rows))
+    print(f"model: {run.folder / 'model'}, curves: {plot.curves(run.folder)}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -31,7 +31,7 @@ METHODS = {
 
 # what differs from the defaults below, which are the papers', with the embedded model: a demo of minutes
 EMBEDDED = {
-    "prompts_per_step": 16, "answers_per_prompt": 8, "max_tokens": 15, "lr": 5e-4, "steps": 400,
+    "prompts_per_step": 16, "answers_per_prompt": 8, "max_tokens": 15, "lr": 5e-4, "steps": 600,
     "eval_every": 20, "eval_prompts": 400, "save_every": 50, "reward": "equation", "dtype": "float32", "threads": 1,
 }  # fmt: skip
 

@@ -47,20 +47,24 @@ def advantages(rewards: torch.Tensor, kind: str = "centred") -> torch.Tensor:
     raise ValueError(f"unknown advantage {kind!r}; use centred, std or rloo")
 
 
-def token_weights(lengths: torch.Tensor, kind: str, max_tokens: int) -> torch.Tensor:
+def token_weights(
+    lengths: torch.Tensor, kind: str, max_tokens: int, counts: torch.Tensor | None = None
+) -> torch.Tensor:
     """What each token's loss is multiplied by.  lengths: [S] answer tokens of ALL sequences of one optimiser step,
-    over all micro-batches and ranks -> [S], the weight of every token of that sequence.
+    over all micro-batches and ranks; counts: [S] how many equal answers each stands for -> [S], the weight of every
+    token of that sequence (times its count). With S the number of answers:
 
     token     1 / all tokens                DAPO's token mean
     sequence  1 / (S * own length)          original GRPO: mean per answer, then over answers
     constant  1 / (S * max_tokens)          Dr. GRPO: no length in the denominator
     """
+    counts = torch.ones_like(lengths) if counts is None else counts
     if kind == "token":
-        return torch.full(lengths.shape, 1.0 / max(int(lengths.sum()), 1))
+        return counts / (lengths * counts).sum().clamp(min=1)
     if kind == "sequence":
-        return 1.0 / (len(lengths) * lengths.clamp(min=1).float())
+        return counts / (counts.sum() * lengths.clamp(min=1))
     if kind == "constant":
-        return torch.full(lengths.shape, 1.0 / (max(len(lengths), 1) * max_tokens))
+        return counts / (counts.sum() * max_tokens)
     raise ValueError(f"unknown normaliser {kind!r}; use token, sequence or constant")
 
 
@@ -181,7 +185,8 @@ class Sequence:
     tokens: torch.Tensor  # [T] int, end of text inside
     behaviour: torch.Tensor  # [T] float32, log mu
     advantage: float
-    age: int  # optimiser steps since it was sampled; 0 is fresh
+    age: int  # steps since it was sampled; 0 is fresh
+    count: int = 1  # equal answers of one group are trained once, with their number as weight
 
     def __len__(self) -> int:
         return len(self.prompt) + len(self.tokens)
@@ -292,19 +297,21 @@ def update(model, optimizer, sequences: list[Sequence], cfg, step: int, referenc
     grad_norm = 0.0
     for part in parts:
         batch = [sequences[i] for i in part]
-        weights = token_weights(torch.tensor([len(s.tokens) for s in batch]), cfg.normaliser, cfg.max_tokens)
+        lengths, counts = (torch.tensor(column) for column in zip(*((len(s.tokens), s.count) for s in batch), strict=True))
+        weights = token_weights(lengths, cfg.normaliser, cfg.max_tokens, counts)
         for micro in pack(batch, cfg.tokens_per_microbatch, device=device):
             with autocast:
                 logprob, entropy = model_logprobs(model, micro, cfg.temperature)
             rows = [batch[i] for i in micro.sequences]
             before = torch.cat([old[part[i]] for i in micro.sequences]) if old else logprob.detach()
-            loss = _microbatch_loss(sums, logprob, before, entropy, rows, weights[micro.sequences], micro.segment, cfg)
+            weight = weights[micro.sequences].to(device)[micro.segment]
+            loss = _microbatch_loss(sums, logprob, before, entropy, rows, weight, micro.segment, cfg)
             if reference is not None:
                 with torch.no_grad(), autocast:
                     anchor, _ = model_logprobs(reference, micro, cfg.temperature)
-                penalty = k3(logprob, anchor)
-                loss = loss + cfg.kl * (penalty * weights[micro.sequences].to(device)[micro.segment]).sum()
-                sums["kl"] += penalty.detach().sum().item()
+                penalty = (k3(logprob, anchor) * weight).sum()
+                loss = loss + cfg.kl * penalty
+                sums["kl"] += penalty.item() / len(parts)
             loss.backward()
         grad_norm += torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip).item() / len(parts)
         optimizer.step()
@@ -316,25 +323,24 @@ def update(model, optimizer, sequences: list[Sequence], cfg, step: int, referenc
 SUMS = ("fresh", "stale", "fresh_clipped", "stale_clipped", "entropy", "mismatch", "capped", "w", "w2", "kl", "loss")
 
 
-def _microbatch_loss(sums, logprob, old, entropy, rows, weights, segment, cfg):
+def _microbatch_loss(sums, logprob, old, entropy, rows, weight, segment, cfg):
     """Loss of one micro-batch; adds its token sums to `sums` on the way."""
     device = logprob.device
     behaviour = torch.cat([s.behaviour for s in rows]).to(device)
     advantage = torch.tensor([s.advantage for s in rows], device=device)[segment]
     stale = torch.tensor([s.age > 0 for s in rows], device=device)[segment]
     loss, clipped = policy_loss(
-        logprob, old, behaviour, advantage, weights.to(device)[segment], segment,
+        logprob, old, behaviour, advantage, weight, segment,
         clip_low=cfg.clip_low, clip_high=cfg.clip_high, dual_clip=cfg.dual_clip, cap=cfg.is_cap,
         ratio=cfg.ratio, loss=cfg.loss, proximal=cfg.proximal,
     )  # fmt: skip
     importance = torch.exp(old - behaviour)
-    tokens = torch.stack(
-        [
-            ~stale, stale, clipped & ~stale, clipped & stale, entropy, k3(behaviour, old) * ~stale,
-            importance > (cfg.is_cap or torch.inf), importance * stale, importance.square() * stale,
-        ]
-    ).double().sum(1)  # fmt: skip
-    for name, value in zip(SUMS, tokens.tolist(), strict=False):
+    count = torch.tensor([s.count for s in rows], dtype=torch.float64, device=device)[segment]
+    columns = [
+        ~stale, stale, clipped & ~stale, clipped & stale, entropy, k3(behaviour, old) * ~stale,
+        importance > (cfg.is_cap or torch.inf), importance * stale, importance.square() * stale,
+    ]  # fmt: skip
+    for name, value in zip(SUMS, (torch.stack([c.double() for c in columns]) @ count).tolist(), strict=False):
         sums[name] += value
     sums["max_ratio"] = max(sums.get("max_ratio", 1.0), importance[~stale].max().item() if (~stale).any() else 1.0)
     sums["loss"] += loss.item()
@@ -351,7 +357,7 @@ def _figures(sums: dict[str, float]) -> dict[str, float]:
         "engine_kl": sums["mismatch"] / max(fresh, 1),
         "engine_max_ratio": sums.get("max_ratio", 1.0),
         "is_capped": sums["capped"] / tokens,
-        "kl": sums["kl"] / tokens,
+        "kl": sums["kl"],
         "trained_tokens": int(fresh + stale),
     }
     if stale:

@@ -101,7 +101,7 @@ class TransformersEngine:
                 )
         return groups
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def _decode(self, prompts: list[tuple[int, ...]], n: int, seeds: list[int], temperature: float):
         """Tokens and log-probs, [B, T] on the CPU with rubbish after each answer's end, lengths [B], finished [B]."""
         device = self.model.device
@@ -119,27 +119,28 @@ class TransformersEngine:
         ends = torch.full((size,), self.max_tokens)
         finished = torch.zeros(size, dtype=torch.bool)
 
-        out = self.model(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=True, logits_to_keep=1)
-        cache, logits = out.past_key_values, out.logits[:, -1].repeat_interleave(n, 0)
-        cache.batch_repeat_interleave(n)  # the prompt is read once for all its answers
-        position, mask = lengths.repeat_interleave(n), None if mask is None else mask.repeat_interleave(n, 0)
-        alive = torch.arange(size)  # the answer that each row of the running batch belongs to
+        out = self.model(
+            input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=True, logits_to_keep=1
+        )
+        cache, logits, position = out.past_key_values, out.logits[:, -1], lengths
+        # The running batch holds each distinct prefix once: at first the prompts, and answers part where they differ.
+        alive = torch.arange(size)  # answers still being written
+        row = torch.arange(len(prompts), device=device).repeat_interleave(n)  # the row that each of them continues
         for t in range(self.max_tokens):
-            token, logprob = sample(logits, noise[:, t], temperature)
+            token, logprob = sample(logits[row], noise[alive, t], temperature)
             tokens[alive, t], logprobs[alive, t] = token.int().cpu(), logprob.cpu()
-            stopped = torch.isin(token, self.stop).cpu()
-            ends[alive[stopped]] = t + 1
-            finished[alive[stopped]] = True
-            running = ~finished[alive]
-            if t + 1 == self.max_tokens or not running.any():
+            stopped = torch.isin(token, self.stop)
+            ends[alive[stopped.cpu()]] = t + 1
+            finished[alive[stopped.cpu()]] = True
+            alive = alive[~stopped.cpu()]
+            if t + 1 == self.max_tokens or not len(alive):
                 break
-            if running.sum() <= len(alive) // 2:  # finished rows leave once they are half of the batch
-                keep = running.nonzero()[:, 0]
-                alive = alive[keep]
-                keep = keep.to(device)
-                cache.batch_select_indices(keep)
-                token, noise, position = token[keep], noise[keep], position[keep]
-                mask = None if mask is None else mask[keep]
+            vocabulary = logits.shape[-1]
+            prefix, row = torch.unique(row[~stopped] * vocabulary + token[~stopped], return_inverse=True)
+            parent, token = prefix // vocabulary, prefix % vocabulary
+            if len(parent) != len(logits) or bool((parent[1:] == parent[:-1]).any()):
+                cache.batch_select_indices(parent)
+                position, mask = position[parent], None if mask is None else mask[parent]
             if mask is not None:
                 mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
             logits = self.model(

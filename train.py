@@ -175,14 +175,22 @@ def observe(sampler, groups: list[Group], step: int) -> None:
 
 
 def training_sequences(run: Run, batch: list[Group], step: int) -> list[grpo.Sequence]:
-    return [
-        grpo.Sequence(run.prompts[group.prompt].ids, tokens, logprobs, advantage, step - group.birth)
-        for group in batch
+    """The answers of `batch`, equal ones of a group once with their number: the gradient is the same."""
+    sequences: dict[tuple, grpo.Sequence] = {}
+    for group in batch:
+        advantages = group.advantages.tolist()
         for tokens, logprobs, advantage, cut in zip(
-            group.tokens, group.logprobs, group.advantages.tolist(), group.truncated, strict=True
-        )
-        if not (cut and run.cfg.mask_truncated)
-    ]
+            group.tokens, group.logprobs, advantages, group.truncated, strict=True
+        ):
+            key = (group.prompt, group.birth, advantage, tokens.numpy().tobytes())
+            if cut and run.cfg.mask_truncated:
+                continue
+            if key in sequences:
+                sequences[key].count += 1
+            else:
+                ids = run.prompts[group.prompt].ids
+                sequences[key] = grpo.Sequence(ids, tokens, logprobs, advantage, step - group.birth)
+    return list(sequences.values())
 
 
 class Stop:

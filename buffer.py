@@ -153,9 +153,10 @@ class RolloutReplay(Saved):
         self.drawn: list[Group] = []
 
     def complete(self, useful: list[Group], places: int, step: int) -> list[Group]:
-        while self.stored and step - self.stored[0].birth > self.max_age:
-            self.stored.popleft()
-        fresh = [group.pick(i) for group in useful if group.birth == step for i in range(len(group.tokens))]
+        # births are in no order where surplus groups are carried over or an asynchronous trainer lags behind
+        self.stored = Store((one for one in self.stored if step - one.birth <= self.max_age), self.stored.maxlen)
+        # not trained on before: replayed groups (GroupReplay) may be among them, and their answers are here already
+        fresh = [group.pick(i) for group in useful if not group.uses for i in range(len(group.tokens))]
         count = min(round(self.ratio * len(fresh)), len(self.stored)) if step >= self.warmup else 0
         self.drawn = []
         if count:
@@ -169,8 +170,10 @@ class RolloutReplay(Saved):
         return useful + self.drawn
 
     def figures(self, step: int) -> dict:
-        signs = {"replayed_positive": float(np.mean([float(one.advantages[0]) > 0 for one in self.drawn]))}
-        return {"stored_rollouts": len(self.stored)} | reuse_figures(self.drawn, step) | (signs if self.drawn else {})
+        figures = {"stored_rollouts": len(self.stored)} | reuse_figures(self.drawn, step)
+        if self.drawn:
+            figures["replayed_positive"] = sum(float(one.advantages[0]) > 0 for one in self.drawn) / len(self.drawn)
+        return figures
 
 
 def reuse_figures(drawn: list[Group], step: int) -> dict:

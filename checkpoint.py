@@ -1,14 +1,31 @@
-"""Saving a run, and going on with it as if it had never stopped."""
+"""Saving a run, and going on with it as if it had never stopped.
+
+A checkpoint is a folder: model and optimiser as torch.distributed.checkpoint writes them, each rank its shard, to be
+read by any number of ranks; and state.pt with all that the ranks share.
+"""
 
 import os
 import shutil
+import warnings
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_state_dict,
+    set_state_dict,
+)
 
 import config
 import log
+import ranks
+
+
+# with one process that is what is meant
+warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized")
 
 
 def newest(folder: Path) -> Path | None:
@@ -19,23 +36,29 @@ def newest(folder: Path) -> Path | None:
 
 def save(run) -> None:
     """Written aside and renamed, so that a torn one is never picked up; then the older ones go."""
-    state = {name: getattr(run, name).state_dict() for name in ("model", "optimizer", "sampler")}
-    state["stores"] = {name: store.state_dict() for name, store in run.stores.items()}
-    state |= {"step": run.step, "rollouts": run.rollouts, "tokens": run.tokens, "digest": run.digest}
-    state |= {"config": asdict(run.cfg), "torch_rng": torch.get_rng_state()}
     final = run.folder / "checkpoints" / f"step-{run.step:08d}"
     partial = final.with_suffix(".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    with open(partial / "state.pt", "wb") as file:
-        torch.save(state, file)
-        file.flush()
-        os.fsync(file.fileno())
-    shutil.rmtree(final, ignore_errors=True)
-    partial.rename(final)
-    for old in final.parent.iterdir():
-        if old != final:
-            shutil.rmtree(old)
+    if ranks.is_main():
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+    ranks.barrier()
+    model, optimizer = get_state_dict(run.model, run.optimizer)
+    dcp.save({"model": model, "optimizer": optimizer}, checkpoint_id=partial, no_dist=ranks.world() == 1)
+    if ranks.is_main():
+        state = {"sampler": run.sampler.state_dict(), "torch_rng": torch.get_rng_state()}
+        state["stores"] = {name: store.state_dict() for name, store in run.stores.items()}
+        state |= {"step": run.step, "rollouts": run.rollouts, "tokens": run.tokens}
+        state |= {"config": asdict(run.cfg), "digest": run.digest}
+        with open(partial / "state.pt", "wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        shutil.rmtree(final, ignore_errors=True)
+        partial.rename(final)
+        for old in final.parent.iterdir():
+            if old != final:
+                shutil.rmtree(old)
+    ranks.barrier()
 
 
 def resume(run) -> None:
@@ -45,19 +68,31 @@ def resume(run) -> None:
         raise ValueError(f"nothing to resume in {run.folder}: it has no checkpoint; start the run without --resume")
     state = torch.load(path / "state.pt", weights_only=True)
     before, now = state["config"], asdict(run.cfg)
-    changed = [f"--{k.replace('_', '-')} was {before.get(k)} and is {now[k]}" for k in now if before.get(k) != now[k]]
-    changed = [text for text in changed if text.split()[0][2:].replace("-", "_") not in config.FREE]
+    changed = [k for k in now if k not in config.FREE and before.get(k) != now[k]]
     if changed:
-        raise ValueError(f"{run.folder} was run with other settings: {'; '.join(changed)}. Resume with the same")
+        differences = "; ".join(f"--{k.replace('_', '-')} was {before.get(k)} and is {now[k]}" for k in changed)
+        raise ValueError(f"{run.folder} was run with other settings: {differences}. Resume with the same")
     if state["digest"] != run.digest:
-        raise ValueError(
-            f"{run.folder} was run on other prompts; the data has changed since. Resume with the same data"
-        )
-    for name in ("model", "optimizer", "sampler"):
-        getattr(run, name).load_state_dict(state[name])
+        raise ValueError(f"{run.folder} was run on other prompts; the data has changed since. Resume with the same")
+    model, optimizer = get_state_dict(run.model, run.optimizer)
+    dcp.load({"model": model, "optimizer": optimizer}, checkpoint_id=path, no_dist=ranks.world() == 1)
+    set_state_dict(run.model, run.optimizer, model_state_dict=model, optim_state_dict=optimizer)
+    run.sampler.load_state_dict(state["sampler"])
     for name, store in run.stores.items():
         store.load_state_dict(state["stores"][name])
     torch.set_rng_state(state["torch_rng"])  # dropout, where a model has it
     run.step, run.rollouts, run.tokens = state["step"], state["rollouts"], state["tokens"]
-    for name in ("metrics.jsonl", "samples.jsonl"):
-        log.forget_after(run.folder / name, run.step)
+    if ranks.is_main():
+        for name in ("metrics.jsonl", "samples.jsonl"):
+            log.forget_after(run.folder / name, run.step)
+    ranks.barrier()
+
+
+def export(run) -> None:
+    """The trained model in Hugging Face format, float32."""
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    state = get_model_state_dict(run.model.model, options=options)
+    if ranks.is_main():
+        run.model.model.save_pretrained(run.folder / "model", state_dict=state)
+        run.tokenizer.save_pretrained(run.folder / "model")
+    ranks.barrier()

@@ -31,7 +31,7 @@ METHODS = {
 
 # what differs from the defaults below, which are the papers', with the embedded model: a demo of minutes
 EMBEDDED = {
-    "prompts_per_step": 16, "answers_per_prompt": 8, "max_tokens": 15, "lr": 5e-4, "steps": 600,
+    "prompts_per_step": 16, "answers_per_prompt": 8, "max_prompt_tokens": 32, "max_tokens": 15, "lr": 5e-4, "steps": 600,
     "eval_every": 20, "eval_prompts": 400, "save_every": 50, "reward": "equation", "dtype": "float32", "threads": 1,
 }  # fmt: skip
 
@@ -76,13 +76,18 @@ class Config:
     replay_warmup: int = 20  # rollout: first step with replay
     rollout_capacity: int = 30_000  # rollout: answers stored
     # ---- rollouts
-    engine: Literal["auto", "transformers"] = "auto"  # what generates
+    engine: Literal["auto", "vllm", "transformers"] = "auto"  # what generates; auto: vLLM on a GPU that has it
     prompts_per_step: int = 32  # P
     answers_per_prompt: int = 16  # G
     max_prompt_tokens: int = 1024  # longer prompts are left out and counted
     max_tokens: int = 7168  # of an answer
     temperature: float = 1.0  # of sampling; log-probs are taken at the same
     rollout_batch: int = 512  # transformers engine: answers decoded side by side
+    gpu_memory: float = 0.45  # vLLM: its share of the GPU
+    kv_cache_gb: float = 0.0  # vLLM: fixed size of the KV cache; 0: what its share leaves
+    keep_resident: bool = False  # vLLM: keep weights and KV cache on the GPU while the trainer works
+    tensor_parallel: int = 1  # vLLM: ranks that share one engine
+    enforce_eager: bool = False  # vLLM: no CUDA graphs; quicker to start, slower to run
     # ---- objective
     advantage: Literal["centred", "std", "rloo"] = "centred"  # how rewards of a group become advantages
     loss: Literal["clip", "cispo"] = "clip"  # PPO's clipped objective, or CISPO's clipped weight
@@ -106,7 +111,10 @@ class Config:
 
 
 # settings that may differ between a run and its resumption
-FREE = {"out", "steps", "resume", "save_every", "eval_every", "rollout_batch"}
+FREE = {
+    "out", "steps", "resume", "save_every", "eval_every", "rollout_batch", "gpu_memory", "kv_cache_gb", "keep_resident",
+    "tensor_parallel", "enforce_eager",
+}  # fmt: skip
 
 
 def parse(argv: list[str], description: str) -> tuple[Config, list[str]]:

@@ -1,6 +1,6 @@
-"""The mathematics of GRPO with replay: advantages, one clipped objective, log-probs without full logits, packing.
+"""The mathematics of GRPO with replay: advantages, one clipped objective, and the update.
 
-Pure functions of tensors. All data, fresh or replayed, is trained by one decoupled clipped objective. With mu the
+All data, fresh or replayed, is trained by one decoupled clipped objective. With mu the
 policy that sampled a token (its log-prob is stored), pi_old the policy at the start of the step, pi the one updated:
 
     w    = min(pi_old / mu, cap)                             importance weight, no gradient
@@ -15,16 +15,17 @@ Departures from the usual code, each on purpose:
 1. With one optimiser step per batch there is no old-log-prob pass: pi_old is pi with its gradient stopped.
 2. The loss is a sum over tokens times a weight that is known for the whole optimiser step before it begins, so that
    neither micro-batches nor ranks can change it.
-3. Answers are flat lists of tokens with lengths. There is no padding and no mask, so none can be wrong; the
-   end-of-text token is an ordinary token of the answer, because the model must learn to stop.
+3. No padding and no masks (logprobs.py); the end-of-text token is trained like any other.
 
-Letters: P prompts, G answers per prompt, S sequences, N answer tokens, H hidden size, V vocabulary.
+Letters: P prompts, G answers per prompt, S sequences, N answer tokens.
 """
 
 import random
-from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
+
+from logprobs import Scorer, Sequence, empty_microbatch, pack, share_out
 
 
 def advantages(rewards: torch.Tensor, kind: str = "centred") -> torch.Tensor:
@@ -37,7 +38,8 @@ def advantages(rewards: torch.Tensor, kind: str = "centred") -> torch.Tensor:
     group_size = rewards.shape[-1]
     if group_size < 2:
         raise ValueError(f"a group needs at least 2 answers to compare, got {group_size}")
-    centred = rewards - rewards.mean(-1, keepdim=True)
+    equal = (rewards == rewards[..., :1]).all(-1, keepdim=True)  # the float mean of equal numbers can miss them
+    centred = (rewards - rewards.mean(-1, keepdim=True)).masked_fill(equal, 0.0)
     if kind == "centred":
         return centred
     if kind == "std":
@@ -132,217 +134,108 @@ def k3(logprob: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
     return torch.expm1(difference) - difference
 
 
-class _ChunkedLogProb(torch.autograd.Function):
-    """log-prob and entropy of targets from hidden states, a chunk of tokens at a time: [N, V] logits never exist."""
-
-    @staticmethod
-    def forward(ctx, hidden, weight, targets, inverse_temperature, chunk):
-        logprob = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
-        entropy, normaliser = torch.empty_like(logprob), torch.empty_like(logprob)
-        for start in range(0, len(hidden), chunk):
-            rows = slice(start, start + chunk)
-            logits = (hidden[rows] @ weight.T).float().mul_(inverse_temperature)  # [chunk, V]
-            normaliser[rows] = torch.logsumexp(logits, -1)
-            logprob[rows] = logits.gather(1, targets[rows, None])[:, 0] - normaliser[rows]
-            expected = (torch.softmax(logits, -1).mul_(logits)).sum(-1)
-            entropy[rows] = normaliser[rows] - expected
-        ctx.save_for_backward(hidden, weight, targets, normaliser)
-        ctx.inverse_temperature, ctx.chunk = inverse_temperature, chunk
-        ctx.mark_non_differentiable(entropy)
-        return logprob, entropy
-
-    @staticmethod
-    def backward(ctx, grad, _):
-        hidden, weight, targets, normaliser = ctx.saved_tensors
-        grad_hidden = torch.empty_like(hidden)
-        grad_weight = torch.zeros_like(weight, dtype=torch.float32)
-        for start in range(0, len(hidden), ctx.chunk):
-            rows = slice(start, start + ctx.chunk)
-            logits = (hidden[rows] @ weight.T).float().mul_(ctx.inverse_temperature)
-            slope = torch.exp(logits.sub_(normaliser[rows, None])).neg_()  # d logprob / d logits = onehot - softmax
-            slope.scatter_add_(1, targets[rows, None], torch.ones_like(slope[:, :1]))
-            slope.mul_((grad[rows] * ctx.inverse_temperature)[:, None])
-            slope = slope.to(weight.dtype)
-            grad_hidden[rows] = slope @ weight
-            grad_weight += slope.T @ hidden[rows]
-        return grad_hidden, grad_weight.to(weight.dtype), None, None, None
+def split_minibatches(count: int, parts: int, seed: str) -> list[list[int]]:
+    """Numbers 0 .. count-1 in `parts` lists (fewer if there are fewer numbers), shuffled where there are several."""
+    order = list(range(count))
+    if parts > 1:
+        random.Random(seed).shuffle(order)  # fresh and replayed mixed
+    return [part for part in (order[i::parts] for i in range(parts)) if part]
 
 
-def token_logprobs(hidden, weight, targets, temperature: float = 1.0, chunk: int = 1024):
-    """log-prob of `targets` [N] and entropy [N] of softmax(hidden [N, H] @ weight [V, H].T / temperature), in fp32.
-
-    Divided by the sampling temperature, because that is the distribution the answers were drawn from. The entropy is
-    for the log and carries no gradient.
-    """
-    return _ChunkedLogProb.apply(hidden, weight, targets, 1.0 / temperature, chunk)
+def over_ranks(values: list[float], op=dist.ReduceOp.SUM) -> list[float]:
+    result = torch.tensor(values, dtype=torch.float64)
+    if dist.is_initialized():
+        dist.all_reduce(result, op)
+    return result.tolist()
 
 
-@dataclass
-class Sequence:
-    """One answer to train on: what came before it, its tokens and log-probs as sampled, and its place in the log."""
-
-    prompt: tuple[int, ...]  # token ids
-    tokens: torch.Tensor  # [T] int, end of text inside
-    behaviour: torch.Tensor  # [T] float32, log mu
-    advantage: float
-    age: int  # steps since it was sampled; 0 is fresh
-    count: int = 1  # equal answers of one group are trained once, with their number as weight
-
-    def __len__(self) -> int:
-        return len(self.prompt) + len(self.tokens)
-
-
-@dataclass
-class MicroBatch:
-    """Sequences packed without padding into rows; R rows of L tokens, N answer tokens in all."""
-
-    input_ids: torch.Tensor  # [R, L]
-    position_ids: torch.Tensor  # [R, L], restarts at 0 with each sequence: the model reads the borders from it
-    index: torch.Tensor  # [N] where, in R * L, the hidden state stands that predicts each answer token
-    targets: torch.Tensor  # [N]
-    segment: torch.Tensor  # [N] which sequence, counted within this micro-batch
-    sequences: list[int]  # their numbers in the list given to `pack`
-
-
-def pack(sequences: list[Sequence], tokens: int, row_length: int | None = None, device="cpu") -> list[MicroBatch]:
-    """Micro-batches of at most `tokens` tokens each (or one sequence, where one alone is longer), longest first.
-
-    Rows are as long as the longest sequence unless `row_length` says more: attention without a variable-length kernel
-    costs rows * L^2, so that short rows are cheap, and several short sequences still share a row.
-    """
-    order = sorted(range(len(sequences)), key=lambda i: -len(sequences[i]))
-    batches: list[MicroBatch] = []
-    while order:
-        length = max(len(sequences[order[0]]), row_length or 0)
-        rows: list[list[int]] = []
-        room: list[int] = []
-        waiting = []
-        for i in order:  # first fit, longest first
-            size = len(sequences[i])
-            row = next((r for r, free in enumerate(room) if free >= size), None)
-            if row is None and (not rows or (len(rows) + 1) * length <= tokens):
-                rows.append([])
-                room.append(length)
-                row = len(rows) - 1
-            if row is None:
-                waiting.append(i)
-                continue
-            rows[row].append(i)
-            room[row] -= size
-        batches.append(_fill(sequences, rows, length, device))
-        order = waiting
-    return batches
-
-
-def _fill(sequences: list[Sequence], rows: list[list[int]], length: int, device) -> MicroBatch:
-    input_ids, position_ids, index, targets, lengths = [], [], [], [], []
-    for r, row in enumerate(rows):
-        start = r * length
-        for i in row:
-            s = sequences[i]
-            input_ids += [torch.tensor(s.prompt, dtype=torch.long), s.tokens.long()]
-            position_ids.append(torch.arange(len(s)))
-            first = start + len(s.prompt) - 1  # the last prompt token predicts the first answer token
-            index.append(torch.arange(first, first + len(s.tokens)))
-            targets.append(s.tokens.long())
-            lengths.append(len(s.tokens))
-            start += len(s)
-        tail = (r + 1) * length - start  # unused room becomes a sequence of its own, that nothing looks at
-        input_ids.append(torch.zeros(tail, dtype=torch.long))
-        position_ids.append(torch.arange(tail))
-    return MicroBatch(
-        torch.cat(input_ids).view(-1, length).to(device),
-        torch.cat(position_ids).view(-1, length).to(device),
-        torch.cat(index).to(device),
-        torch.cat(targets).to(device),
-        torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths)).to(device),
-        [i for row in rows for i in row],
-    )
-
-
-def model_logprobs(model, batch: MicroBatch, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """log-prob and entropy of every answer token of `batch`, [N] each.
-
-    No mask and no cache: given either, transformers silently lets packed sequences see their neighbours.
-    """
-    hidden = model.base_model(
-        input_ids=batch.input_ids, position_ids=batch.position_ids, attention_mask=None, use_cache=False
-    ).last_hidden_state
-    chosen = hidden.flatten(0, 1)[batch.index]  # [N, H]: only what predicts an answer token meets the vocabulary
-    return token_logprobs(chosen, model.get_output_embeddings().weight, batch.targets, temperature)
+def plan_work(sequences: list[Sequence], cfg, step: int, device) -> list[tuple]:
+    """For each optimiser step: this rank's sequences, the weights of their tokens, and their micro-batches."""
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    work = []
+    for part in split_minibatches(len(sequences), cfg.minibatches, f"{cfg.seed} {step}"):
+        batch = [sequences[i] for i in part]
+        lengths, counts = torch.tensor([[len(s.tokens) for s in batch], [s.count for s in batch]])
+        weights = token_weights(lengths, cfg.normaliser, cfg.max_tokens, counts)  # over all ranks, before the split
+        mine = share_out(batch, rank, world)
+        rows = [batch[i] for i in mine]
+        micros = pack(rows, cfg.tokens_per_microbatch, device=device)
+        most = int(over_ranks([len(micros)], dist.ReduceOp.MAX)[0])  # sharded models: all ranks go through together
+        work.append((rows, weights[mine].to(device), micros + [empty_microbatch(device)] * (most - len(micros))))
+    return work
 
 
 def update(model, optimizer, sequences: list[Sequence], cfg, step: int, reference=None) -> dict[str, float]:
-    """Trains on `sequences`: `cfg.minibatches` optimiser steps, each in micro-batches of bounded size. Returns figures
-    for the log, summed over all tokens of all minibatches.
+    """Trains on `sequences` (the same list on every rank): `cfg.minibatches` optimiser steps, each in micro-batches of
+    bounded size, the KL to `reference` included where there is one. Returns figures over all tokens of the step.
 
     pi_old is the policy before the first of these optimiser steps. With one minibatch it equals pi while the gradient
     is taken, so that it costs no pass; with more it is computed once, before the first.
     """
+    model, reference = (m if m is None or isinstance(m, Scorer) else Scorer(m) for m in (model, reference))
     device = next(model.parameters()).device
-    parts = [list(range(len(sequences)))]
-    if cfg.minibatches > 1:
-        random.Random(f"{cfg.seed} {step}").shuffle(parts[0])  # fresh and replayed mixed
-        parts = [part for part in (parts[0][i :: cfg.minibatches] for i in range(cfg.minibatches)) if part]
+    world = dist.get_world_size() if dist.is_initialized() else 1
+    # with several ranks FSDP's own mixed precision is in charge
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=cfg.dtype == "bfloat16" and world == 1)
+    work = plan_work(sequences, cfg, step, device)
+    sums, grad_norm, old = dict.fromkeys(SUMS, 0.0), 0.0, {}
     model.train()
-    autocast = torch.autocast(device.type, torch.bfloat16, enabled=cfg.dtype == "bfloat16")
-    old: dict[int, torch.Tensor] = {}
-    if len(parts) > 1:
+    if len(work) > 1:
         with torch.no_grad(), autocast:
-            for micro in pack(sequences, cfg.tokens_per_microbatch, device=device):
-                logprob, _ = model_logprobs(model, micro, cfg.temperature)
-                lengths = [len(sequences[i].tokens) for i in micro.sequences]
-                old.update(zip(micro.sequences, logprob.split(lengths), strict=True))
-    sums = dict.fromkeys(SUMS, 0.0)
-    grad_norm = 0.0
-    for part in parts:
-        batch = [sequences[i] for i in part]
-        lengths, counts = (torch.tensor(column) for column in zip(*((len(s.tokens), s.count) for s in batch), strict=True))
-        weights = token_weights(lengths, cfg.normaliser, cfg.max_tokens, counts)
-        for micro in pack(batch, cfg.tokens_per_microbatch, device=device):
+            old = {id(micro): model(micro, cfg.temperature)[0] for _, _, micros in work for micro in micros}
+    for rows, weights, micros in work:
+        for micro in micros:
             with autocast:
-                logprob, entropy = model_logprobs(model, micro, cfg.temperature)
-            rows = [batch[i] for i in micro.sequences]
-            before = torch.cat([old[part[i]] for i in micro.sequences]) if old else logprob.detach()
-            weight = weights[micro.sequences].to(device)[micro.segment]
-            loss = _microbatch_loss(sums, logprob, before, entropy, rows, weight, micro.segment, cfg)
+                logprob, entropy = model(micro, cfg.temperature)
+            weight = weights[micro.sequences][micro.segment]  # [N]
+            before = old.get(id(micro), logprob.detach())
+            loss = _microbatch_loss(
+                sums, logprob, before, entropy, [rows[i] for i in micro.sequences], weight, micro, cfg
+            )
             if reference is not None:
                 with torch.no_grad(), autocast:
-                    anchor, _ = model_logprobs(reference, micro, cfg.temperature)
+                    anchor, _ = reference(micro, cfg.temperature)
                 penalty = (k3(logprob, anchor) * weight).sum()
                 loss = loss + cfg.kl * penalty
-                sums["kl"] += penalty.item() / len(parts)
-            loss.backward()
-        grad_norm += torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip).item() / len(parts)
+                sums["kl"] += penalty.item() / len(work)
+            (loss * world).backward()  # FSDP takes the mean over ranks, and the loss is a sum
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip)
+        grad_norm += (norm.full_tensor() if hasattr(norm, "full_tensor") else norm).item() / len(work)
         optimizer.step()
         optimizer.zero_grad()
     model.eval()
-    return _figures(sums) | {"grad_norm": grad_norm, "optimizer_steps": len(parts)}
+    most = over_ranks([sums.pop("max_ratio")], dist.ReduceOp.MAX)[0]
+    sums = dict(zip(sums, over_ranks(list(sums.values())), strict=True))
+    return _figures(sums) | {"engine_max_ratio": most, "grad_norm": grad_norm, "optimizer_steps": len(work)}
 
 
+# sums over answer tokens; the first nine in the order in which `_microbatch_loss` makes them
 SUMS = ("fresh", "stale", "fresh_clipped", "stale_clipped", "entropy", "mismatch", "capped", "w", "w2", "kl", "loss")
+SUMS += ("max_ratio",)
 
 
-def _microbatch_loss(sums, logprob, old, entropy, rows, weight, segment, cfg):
+def _microbatch_loss(sums, logprob, old, entropy, rows: list[Sequence], weight, micro, cfg) -> torch.Tensor:
     """Loss of one micro-batch; adds its token sums to `sums` on the way."""
-    device = logprob.device
+    if not rows:
+        return logprob.sum()  # nothing, but with a gradient to send through the sharded model
+    device, segment = logprob.device, micro.segment
     behaviour = torch.cat([s.behaviour for s in rows]).to(device)
-    advantage = torch.tensor([s.advantage for s in rows], device=device)[segment]
-    stale = torch.tensor([s.age > 0 for s in rows], device=device)[segment]
+    columns = torch.tensor([[s.advantage, s.age > 0, s.count] for s in rows], dtype=torch.float64, device=device)
+    advantage, stale, count = columns[segment].unbind(1)  # [N] each
     loss, clipped = policy_loss(
-        logprob, old, behaviour, advantage, weight, segment,
+        logprob, old, behaviour, advantage.float(), weight, segment,
         clip_low=cfg.clip_low, clip_high=cfg.clip_high, dual_clip=cfg.dual_clip, cap=cfg.is_cap,
         ratio=cfg.ratio, loss=cfg.loss, proximal=cfg.proximal,
     )  # fmt: skip
     importance = torch.exp(old - behaviour)
-    count = torch.tensor([s.count for s in rows], dtype=torch.float64, device=device)[segment]
-    columns = [
-        ~stale, stale, clipped & ~stale, clipped & stale, entropy, k3(behaviour, old) * ~stale,
-        importance > (cfg.is_cap or torch.inf), importance * stale, importance.square() * stale,
+    fresh, capped = 1 - stale, importance > (cfg.is_cap or torch.inf if cfg.proximal == "old" else torch.inf)
+    figures = [
+        fresh, stale, clipped * fresh, clipped * stale, entropy, k3(behaviour, old) * fresh, capped,
+        importance * stale, importance.square() * stale,
     ]  # fmt: skip
-    for name, value in zip(SUMS, (torch.stack([c.double() for c in columns]) @ count).tolist(), strict=False):
+    for name, value in zip(SUMS, (torch.stack([f.double() for f in figures]) @ count).tolist(), strict=False):
         sums[name] += value
-    sums["max_ratio"] = max(sums.get("max_ratio", 1.0), importance[~stale].max().item() if (~stale).any() else 1.0)
+    sums["max_ratio"] = max(sums["max_ratio"], (importance * fresh).max().item())
     sums["loss"] += loss.item()
     return loss
 
@@ -355,7 +248,6 @@ def _figures(sums: dict[str, float]) -> dict[str, float]:
         "entropy_trained": sums["entropy"] / tokens,
         "clip_fraction": (sums["fresh_clipped"] + sums["stale_clipped"]) / tokens,
         "engine_kl": sums["mismatch"] / max(fresh, 1),
-        "engine_max_ratio": sums.get("max_ratio", 1.0),
         "is_capped": sums["capped"] / tokens,
         "kl": sums["kl"],
         "trained_tokens": int(fresh + stale),

@@ -12,21 +12,26 @@ A sampler knows prompts by their index and keeps a few numbers for each, never a
     state_dict(), load_state_dict(state)                everything, random generators included
     figures() -> dict                                   for the log
 
-A second draw for the same step (a refill) repeats none of the first. Results are observed before the next draw, or
-later in an asynchronous trainer; a prompt whose answers are still out is not drawn again. Where a paper keeps a heap,
-a partition over flat arrays gives the same order and has nothing that can go stale (a million prompts: milliseconds).
+A second draw for the same step (a refill) repeats none of the first, and gives fewer than n where fewer are left.
+Results are observed before the next draw, or later in an asynchronous trainer; a prompt whose answers are still out is
+not brought back (`epochs.settle(indices)`: they are lost). Where rewards are not 0 or 1, observe takes their `variance`
+[P] too: it is no longer p(1-p), and a group that is all one half has no gradient.
 """
+
+import copy
 
 import numpy as np
 import torch
 
 NEVER = np.float32(np.inf)
+NO_SPREAD = 1e-9  # variance of rewards that differ by rounding only
+IN_DOUBT, OUT = 1, 2  # IN_DOUBT: OUT when the state was saved; the answers may come yet, or died with that run
+HEAP, SOLVED, UNSOLVED = range(3)  # where Prioritized has a prompt
+KEPT = 8  # steps whose batches are remembered: an asynchronous trainer refills one after later ones were drawn
 
 
 class Saved:
     """state_dict and load_state_dict for the attributes that a class names in STATE; strict about keys and sizes."""
-
-    STATE: tuple[str, ...] = ()
 
     def state_dict(self) -> dict:
         state = {}
@@ -38,15 +43,13 @@ class Saved:
                 value = value.bit_generator.state
             elif hasattr(value, "state_dict"):
                 value = value.state_dict()
-            elif isinstance(value, set):
-                value = sorted(value)
-            state[name] = value
+            state[name] = copy.deepcopy(value) if isinstance(value, list) else value
         return state
 
     def load_state_dict(self, state: dict) -> None:
         if set(state) != set(self.STATE):
-            missing, extra = set(self.STATE) - set(state), set(state) - set(self.STATE)
-            raise KeyError(f"state of {type(self).__name__}: missing {sorted(missing)}, unexpected {sorted(extra)}")
+            wrong = sorted(set(state) ^ set(self.STATE))
+            raise KeyError(f"state of {type(self).__name__} has keys too many or too few: {', '.join(wrong)}")
         for name, value in state.items():
             now = getattr(self, name)
             if isinstance(now, np.ndarray):
@@ -57,57 +60,58 @@ class Saved:
                 now.bit_generator.state = value
             elif hasattr(now, "load_state_dict"):
                 now.load_state_dict(value)
-            elif isinstance(now, set):
-                now.clear()
-                now.update(value)
             else:
-                setattr(self, name, value)
+                setattr(self, name, copy.deepcopy(value))
 
 
-def smallest(count: int, key: np.ndarray, tie: np.ndarray) -> list[int]:
-    """Indices of the `count` smallest finite keys in ascending order, equal keys by `tie`; linear in len(key)."""
-    count = min(count, len(key))
+def smallest(count: int, among: np.ndarray, key: np.ndarray, tie: np.ndarray) -> list[int]:
+    """The `count` prompts of those masked by `among` that have the smallest keys, in ascending order, equal keys by
+    `tie` (all different). A few comparisons of flat arrays; a heap would be full of entries gone stale."""
     if count <= 0:
         return []
-    bound = np.partition(key, count - 1)[count - 1]
-    found = np.flatnonzero(key < bound)
-    if bound < NEVER:
-        level = np.flatnonzero(key == bound)
-        missing = count - len(found)
-        found = np.concatenate([found, level[np.argpartition(tie[level], missing - 1)[:missing]]])
-    return found[np.lexsort((tie[found], key[found]))].tolist()
+
+    def bound(mask, values):  # the count-th smallest value of a sample: that of the whole is no larger
+        sample = values[::64][mask[::64]]
+        return np.partition(sample, count - 1)[count - 1] if len(sample) >= count else np.inf
+
+    most = bound(among, key)
+    level = among & (key == most)
+    level &= tie <= bound(level, tie)
+    x = np.flatnonzero(level | (among & (key < most)))
+    return x[np.lexsort((tie[x], key[x]))][:count].tolist()
 
 
 class Epochs(Saved):
-    """The shuffled order over the data set that all samplers share, and what has been drawn for the current step."""
+    """What all samplers share: the shuffled order over the data set, and which prompts are in which step's batch."""
 
-    STATE = ("rng", "order", "position", "step", "chosen", "replays", "seen")
+    STATE = ("rng", "order", "position", "seen", "out", "batches")
 
     def __init__(self, num_prompts: int, seed: int):
-        if num_prompts < 1:
-            raise ValueError("a sampler needs at least one prompt")
         self.rng = np.random.default_rng(seed)
         self.order = self.rng.permutation(num_prompts).astype(np.int32)
         self.position = 0  # how far this epoch has come
-        self.step = -1
-        self.chosen: set[int] = set()  # drawn for this step, by all requests
-        self.replays: set[int] = set()  # those of them that the sampler brought back
         self.seen = np.zeros(num_prompts, bool)  # ever drawn
+        self.out = np.zeros(num_prompts, np.int8)  # OUT: drawn, and the answers are not in yet
+        self.batches: list[dict] = []  # of the last few steps, the latest request at the end
+        self.chosen: dict[int, bool] = {}  # that batch: prompt, and whether the sampler brought it back
 
-    def begin(self, n: int, step: int) -> tuple[int, bool]:
-        """How many of `n` prompts are left for `step`, and whether this is its first request."""
-        first = step != self.step
-        if first:
-            self.step, self.chosen, self.replays = step, set(), set()
-            if not 0 < n <= len(self.order):
-                raise ValueError(f"{n} different prompts a step are asked for; there are {len(self.order)}")
-        return min(n, len(self.order) - len(self.chosen)), first
+    @property
+    def replays(self) -> set[int]:
+        return {x for x, back in self.chosen.items() if back}
+
+    def begin(self, n: int, step: int) -> int:
+        """Opens the batch of `step`, or takes it up again for a refill; how many of `n` prompts it has room for."""
+        known = [batch for batch in self.batches if batch["step"] == step]
+        if not known and not 0 < n <= len(self.order):
+            raise ValueError(f"{n} different prompts a step are asked for; there are {len(self.order)}")
+        batch = known[0] if known else {"step": int(step), "asked": int(n), "chosen": {}}
+        self.batches = [*(other for other in self.batches if other is not batch), batch][-KEPT:]
+        self.chosen = batch["chosen"]
+        return min(n, len(self.order) - len(self.chosen))
 
     def take(self, x: int, replay: bool = False) -> int:
-        self.chosen.add(x)
-        self.seen[x] = True
-        if replay:
-            self.replays.add(x)
+        self.chosen[x] = bool(replay)
+        self.seen[x], self.out[x] = True, OUT
         return x
 
     def next(self) -> int:
@@ -117,11 +121,34 @@ class Epochs(Saved):
             for ahead in range(self.position, len(self.order)):
                 x = int(self.order[ahead])
                 if x not in self.chosen:
-                    self.order[ahead], self.order[self.position] = self.order[self.position], x
+                    self.order[self.position + 1 : ahead + 1] = self.order[self.position : ahead]
+                    self.order[self.position] = x
                     self.position += 1
                     return x
             self.order[:] = self.rng.permutation(len(self.order))
             self.position = 0
+
+    def free(self, least: int = 0) -> np.ndarray:
+        """Which prompts are neither out nor in this step's batch; if they are too few, those IN_DOUBT as well."""
+        for most in (0, IN_DOUBT):
+            free = self.out <= most
+            free[list(self.chosen)] = False
+            if free.sum() >= least:
+                break
+        return free
+
+    def settle(self, indices) -> np.ndarray:
+        """Answers to these prompts are in, or known to be lost. If none is IN_DOUBT, those that are have been lost."""
+        x = np.asarray(indices, np.int64)
+        if not (self.out[x] == IN_DOUBT).any():
+            self.out[self.out == IN_DOUBT] = 0
+        self.out[x] = 0
+        return x
+
+    def load_state_dict(self, state: dict) -> None:
+        super().load_state_dict(state)
+        self.out[self.out == OUT] = IN_DOUBT
+        self.chosen = self.batches[-1]["chosen"] if self.batches else {}
 
 
 class Uniform(Saved):
@@ -133,11 +160,10 @@ class Uniform(Saved):
         self.epochs = Epochs(num_prompts, seed)
 
     def draw(self, n: int, step: int) -> list[int]:
-        n, _ = self.epochs.begin(n, step)
-        return [self.epochs.take(self.epochs.next()) for _ in range(n)]
+        return [self.epochs.take(self.epochs.next()) for _ in range(self.epochs.begin(n, step))]
 
     def observe(self, indices, num_correct, num_answers, step, variance=None) -> None:
-        pass
+        self.epochs.settle(indices)
 
     def figures(self) -> dict:
         return {}
@@ -149,29 +175,24 @@ class PromptReplay(Saved):
     steps, `max_reuse` times. Everything else in a batch comes from the shuffled epochs, which replay does not advance.
     """
 
-    STATE = ("epochs", "correct", "total", "last", "uses", "budget")
+    STATE = ("epochs", "correct", "total", "last", "uses")
 
     def __init__(self, num_prompts: int, seed: int = 0, band=(0.25, 0.75), share=0.75, cooldown=10, max_reuse=15):
         low, high = band
         if not 0 <= low <= high <= 1:
             raise ValueError(f"the band must be two pass rates with 0 <= low <= high <= 1, got {low} {high}")
-        if not 0 <= share <= 1:
-            raise ValueError(f"the replay share must be between 0 and 1, got {share}")
-        if cooldown < 0 or max_reuse < 0:
-            raise ValueError(f"cooldown and max reuse must not be negative, got {cooldown} and {max_reuse}")
+        if not 0 <= share <= 1 or cooldown < 0 or max_reuse < 0:
+            raise ValueError(f"need share in [0, 1], cooldown and max reuse >= 0: {share}, {cooldown}, {max_reuse}")
         self.band, self.share, self.cooldown, self.max_reuse = (low, high), share, cooldown, max_reuse
         self.epochs = Epochs(num_prompts, seed)
-        self.correct = np.zeros(num_prompts, np.int32)  # of the latest group
+        self.correct = np.zeros(num_prompts)  # of the latest group
         self.total = np.zeros(num_prompts, np.int32)  # 0: never observed
         self.last = np.full(num_prompts, -(10**9), np.int32)  # the step of the latest use
         self.uses = np.zeros(num_prompts, np.int32)  # times it was replayed
-        self.budget = 0  # replays left for this step, also for refills
-        self._rank(np.arange(num_prompts))
+        self.distance = np.full(num_prompts, NEVER)  # of the pass rate to one half; NEVER: it may not come back
+        self.tie = np.arange(num_prompts)  # the order among equal distances; both are derived from the counts
 
     def _rank(self, x: np.ndarray) -> None:
-        """Order among candidates, derived from the counts: distance to one half (never: not a candidate), then tie."""
-        if len(x) == len(self.total):
-            self.distance, self.tie = np.empty(len(x), np.float32), np.empty(len(x), np.int64)
         correct, total, uses = self.correct[x], self.total[x].clip(1), self.uses[x]
         rate = correct / total
         inside = (self.total[x] > 0) & (self.band[0] <= rate) & (rate <= self.band[1]) & (uses < self.max_reuse)
@@ -180,31 +201,23 @@ class PromptReplay(Saved):
         self.tie[x] = (2 * correct > total).astype(np.int64) << 56 | uses.astype(np.int64) << 32 | x
 
     def draw(self, n: int, step: int) -> list[int]:
-        n, first = self.epochs.begin(n, step)
-        if first:
-            self.budget = int(self.share * n + 1e-9)  # 0.29 * 100 is 28.999...
-        chosen = self._replays(min(self.budget, n), step) if self.budget else []
-        self.budget -= len(chosen)
-        chosen = [self.epochs.take(x, replay=True) for x in chosen]
+        n = self.epochs.begin(n, step)
+        asked = self.epochs.batches[-1]["asked"]
+        budget = int(self.share * asked + 1e-9) - len(self.epochs.replays)  # 0.29 * 100 is 28.999...
+        ready = self.epochs.free() & (self.last <= step - self.cooldown) & (self.distance < NEVER)
+        replays = smallest(min(budget, n), ready, self.distance, self.tie)
+        self.uses[replays] += 1  # when issued, not when the answers arrive
+        self._rank(np.array(replays, np.int64))
+        chosen = [self.epochs.take(x, replay=True) for x in replays]
         chosen += [self.epochs.take(self.epochs.next()) for _ in range(n - len(chosen))]
-        self.last[chosen] = step  # counted from the draw, so that a prompt whose answers are not in yet stays away
+        self.last[chosen] = np.maximum(self.last[chosen], step)  # from the draw on, not only when the answers are in
         return chosen
 
-    def _replays(self, count: int, step: int) -> list[int]:
-        key = np.where(self.last <= step - self.cooldown, self.distance, NEVER)
-        key[list(self.epochs.chosen)] = NEVER
-        found = smallest(count, key, self.tie)
-        self.uses[found] += 1  # when issued, not when the answers arrive
-        self._rank(np.array(found, np.int64))
-        return found
-
     def observe(self, indices, num_correct, num_answers, step, variance=None) -> None:
-        """Counts of this step's groups, dead ones included. `variance` (of the rewards, [P]) only where rewards are not
-        0 or 1: a group that is all one half has no gradient, whatever its pass rate."""
-        x = np.asarray(indices, np.int64)
+        x = self.epochs.settle(indices)
         self.correct[x], self.total[x] = num_correct, num_answers
         if variance is not None:
-            self.total[x[np.asarray(variance) == 0]] = 0
+            self.total[x[np.asarray(variance) < NO_SPREAD]] = 0
         self.last[x] = np.maximum(self.last[x], step)
         self._rank(x)
 
@@ -213,13 +226,8 @@ class PromptReplay(Saved):
         self._rank(np.arange(len(self.total)))
 
     def figures(self) -> dict:
-        return {
-            "buffer": int((self.distance < NEVER).sum()),
-            "prompt_uses": np.bincount(self.uses[self.uses > 0], minlength=1).tolist(),
-        }
-
-
-HEAP, SOLVED, UNSOLVED, OUT = range(4)
+        uses = np.bincount(self.uses[self.uses > 0], minlength=1).tolist()
+        return {"buffer": int((self.distance < NEVER).sum()), "prompt_uses": uses}
 
 
 class Prioritized(Saved):
@@ -228,12 +236,10 @@ class Prioritized(Saved):
     the solved, the rest from the unsolved: the paper's 1 and 3 of 4); now and then a whole batch is drawn at random.
     """
 
-    STATE = ("epochs", "rng", "rate", "priority", "last", "place", "origin", "visits", "flips", "tie")
+    STATE = ("epochs", "rng", "rate", "priority", "key", "place", "visits", "flips", "tie")
 
-    def __init__(
-        self, num_prompts: int, seed: int = 0, smoothing=0.8, initial_priority=0.2, explore=0.125, retest_every=10,
-        retest_solved=0.25, tie_bias=1e-4,
-    ):  # fmt: skip
+    def __init__(self, num_prompts: int, seed: int = 0, smoothing=0.8, initial_priority=0.2, explore=0.125,
+                 retest_every=10, retest_solved=0.25, tie_bias=1e-4):  # fmt: skip
         if not 0 < smoothing <= 1 or not 0 <= explore <= 1 or not 0 <= retest_solved <= 1 or retest_every < 0:
             raise ValueError("need 0 < smoothing <= 1, explore and retest-solved in [0, 1], and retest-every >= 0")
         self.smoothing, self.explore, self.tie_bias = smoothing, explore, tie_bias
@@ -241,86 +247,61 @@ class Prioritized(Saved):
         self.epochs = Epochs(num_prompts, seed)  # its order is never walked: it breaks ties, at random but for good
         self.rng = np.random.default_rng([seed, 1])
         self.rate = np.zeros(num_prompts)  # smoothed pass rate
-        self.priority = np.full(
-            num_prompts, min(initial_priority, 1e9)
-        )  # infinity: all are seen once before any returns
-        self.last = np.full(num_prompts, -1, np.int64)
-        self.place = np.full(num_prompts, HEAP, np.int8)
-        self.origin = np.full(num_prompts, HEAP, np.int8)  # where a prompt that is out was drawn from
+        self.priority = np.full(num_prompts, min(initial_priority, 1e9))  # infinity: all are seen once before a return
+        self.key = -self.priority  # smallest first; in the pools it is the step of the latest result
+        self.place = np.full(num_prompts, HEAP, np.int8)  # where it is, or will be back when its answers are lost
         self.visits = np.zeros(num_prompts, np.int32)
         self.flips = np.zeros(2, np.int64)  # left the solved pool, left the unsolved pool
-        self.tie = np.argsort(self.epochs.order).astype(np.int64)
+        self.tie = np.argsort(self.epochs.order)
 
     def draw(self, n: int, step: int) -> list[int]:
-        n, first = self.epochs.begin(n, step)
-        n = min(n, int((self.place != OUT).sum()))
+        n = self.epochs.begin(n, step)
+        free = self.epochs.free(n)
+        n = min(n, int(free.sum()))
         chosen: list[int] = []
-        if first and self.retest_every and step > 0 and step % self.retest_every == 0:
-            solved = int(self.retest_solved * n + 0.5)
-            chosen += self._take(SOLVED, solved) + self._take(UNSOLVED, n - solved)
-        elif first and self.rng.random() < self.explore:
-            return self._mark(self.rng.choice(np.flatnonzero(self.place != OUT), n, replace=False).tolist())
-        for place in (HEAP, UNSOLVED, SOLVED):
-            chosen += self._take(place, n - len(chosen))
-        return chosen
-
-    def _take(self, place: int, count: int) -> list[int]:
-        if count <= 0:
-            return []
-        order = -self.priority if place == HEAP else self.last  # largest priority, or longest untested
-        key = np.where(self.place == place, order, np.inf)
-        key[list(self.epochs.chosen)] = np.inf
-        return self._mark(smallest(count, key, self.tie))
-
-    def _mark(self, chosen: list[int]) -> list[int]:
-        self.origin[chosen] = self.place[chosen]
-        self.place[chosen] = OUT
+        places = [(HEAP, n), (UNSOLVED, n), (SOLVED, n)]
+        if self.retest_every and step > 0 and step % self.retest_every == 0:
+            # in whole prompts over all retests so far, so that even batches of one get to both pools
+            before, now = (int(self.retest_solved * n * (step // self.retest_every + i)) for i in (0, 1))
+            if not self.epochs.chosen:
+                places = [(SOLVED, now - before), (UNSOLVED, n - now + before), *places]
+        elif self.rng.random() < self.explore:
+            chosen = self.rng.choice(np.flatnonzero(free), n, replace=False).tolist()
+        for place, most in places:
+            if count := min(most, n - len(chosen)):
+                found = smallest(count, free & (self.place == place), self.key, self.tie)
+                free[found] = False
+                chosen += found
         return [self.epochs.take(x, replay=self.visits[x] > 0) for x in chosen]
 
-    def release(self, indices) -> None:
-        """Drawn, but the answers were lost: back to where they were."""
-        self.place[indices] = self.origin[indices]
-
     def observe(self, indices, num_correct, num_answers, step, variance=None) -> None:
-        """As in the contract. `variance` ([P], mean squared centred advantage) takes the place of p(1-p) where rewards
-        are not 0 or 1, because the two differ there."""
-        for i, x in enumerate(indices):
-            mean = num_correct[i] / num_answers[i]
-            alpha = self.smoothing if self.visits[x] else 1.0  # the first visit overwrites the guess
-            self.rate[x] += alpha * (mean - self.rate[x])
-            if variance is None:
-                bias = self.tie_bias if self.rate[x] >= 0.5 else 0.0  # 5 of 8 right goes before 3 of 8
-                self.priority[x] = self.rate[x] * (1 - self.rate[x]) + bias
-            else:
-                self.priority[x] += alpha * (variance[i] - self.priority[x])
-            # the pools follow the latest group, not the smoothed rate: one mixed group brings a prompt back
-            place = SOLVED if mean >= 1 else UNSOLVED if mean <= 0 else HEAP
-            before = self.origin[x] if self.place[x] == OUT else self.place[x]
-            if self.visits[x] and before != place and before != HEAP:
-                self.flips[before - SOLVED] += 1
-            self.place[x], self.last[x] = place, step
-            self.visits[x] += 1
-
-    def load_state_dict(self, state: dict) -> None:
-        super().load_state_dict(state)
-        out = np.flatnonzero(self.place == OUT)  # their answers died with the run that was generating them
-        self.place[out] = self.origin[out]
+        x = self.epochs.settle(indices)
+        mean = np.asarray(num_correct) / np.asarray(num_answers)
+        dead = (mean <= 0) | (mean >= 1) if variance is None else np.asarray(variance) < NO_SPREAD
+        alpha = np.where(self.visits[x] > 0, self.smoothing, 1.0)  # the first visit overwrites the guess
+        rate = self.rate[x] = alpha * mean + (1 - alpha) * self.rate[x]
+        if variance is None:
+            bias = np.where(rate >= 0.5, self.tie_bias, 0.0)  # 5 of 8 right goes before 3 of 8
+            self.priority[x] = rate * (1 - rate) + bias
+        else:
+            self.priority[x] = alpha * np.asarray(variance) + (1 - alpha) * self.priority[x]
+        # the pools follow the latest group, not the smoothed rate: one mixed group brings a prompt back
+        place = np.where(dead, np.where(mean >= 1, SOLVED, UNSOLVED), HEAP)
+        for i, pool in enumerate((SOLVED, UNSOLVED)):
+            self.flips[i] += ((self.place[x] == pool) & (place != pool)).sum()
+        self.place[x], self.key[x] = place, np.where(dead, step, -self.priority[x])
+        self.visits[x] += 1
 
     def figures(self) -> dict:
-        heap, solved, unsolved, out = np.bincount(self.place, minlength=4).tolist()
-        seen = self.visits > 0
-        rate = self.rate[seen]
+        seen, out = self.visits > 0, self.epochs.out > 0
+        heap, solved, unsolved = np.bincount(self.place[~out], minlength=3).tolist()
+        rate = self.rate[seen] if seen.any() else np.zeros(1)
         return {
-            "heap": heap,
-            "solved_pool": solved,
-            "unsolved_pool": unsolved,
-            "out": out,
-            "flips_solved": int(self.flips[0]),
-            "flips_unsolved": int(self.flips[1]),
-            "rate_mean": float(rate.mean()) if len(rate) else 0.0,
-            "rate_spread": float(rate.std()) if len(rate) else 0.0,
+            "heap": heap, "solved_pool": solved, "unsolved_pool": unsolved, "out": int(out.sum()),
+            "flips_solved": int(self.flips[0]), "flips_unsolved": int(self.flips[1]),
+            "rate_mean": float(rate.mean()), "rate_spread": float(rate.std()),
             "prompt_uses": np.bincount(self.visits[seen] - 1, minlength=1).tolist(),
-        }
+        }  # fmt: skip
 
 
 class GRESO(Saved):
@@ -342,7 +323,7 @@ class GRESO(Saved):
         self.skipped = 0
 
     def draw(self, n: int, step: int) -> list[int]:
-        n, _ = self.epochs.begin(n, step)
+        n = self.epochs.begin(n, step)
         chosen: list[int] = []
         while len(chosen) < n:
             x = self.epochs.next()
@@ -354,13 +335,15 @@ class GRESO(Saved):
         return chosen
 
     def observe(self, indices, num_correct, num_answers, step, variance=None) -> None:
-        x, correct, total = np.asarray(indices, np.int64), np.asarray(num_correct), np.asarray(num_answers)
-        easy, hard = correct >= total, correct <= 0
-        run = np.abs(self.dead[x]) + 1
-        self.dead[x] = np.where(easy, run, np.where(hard, -run, 0))
-        for i, share in enumerate((easy.mean(), hard.mean())):
-            step_ = -self.pace if share >= self.targets[i] else self.pace
-            self.chance[i] = np.clip(self.chance[i] + step_, 0.05, 0.95)
+        if not len(x := self.epochs.settle(indices)):
+            return
+        mean = np.asarray(num_correct) / np.asarray(num_answers)
+        dead = (mean <= 0) | (mean >= 1) if variance is None else np.asarray(variance) < NO_SPREAD
+        sign = np.where(dead, np.where(mean >= 1, 1, -1), 0)  # all right, all wrong, or of use
+        self.dead[x] = sign * (np.abs(self.dead[x]) + 1)
+        for i, share in enumerate(((sign > 0).mean(), (sign < 0).mean())):
+            change = -self.pace if share >= self.targets[i] else self.pace
+            self.chance[i] = np.clip(self.chance[i] + change, 0.05, 0.95)
 
     def figures(self) -> dict:
         return {"p_easy": float(self.chance[0]), "p_hard": float(self.chance[1]), "skipped": self.skipped}

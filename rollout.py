@@ -1,20 +1,28 @@
 """Engines: prompts in as token ids, answers out as token ids with the log-probs they were sampled with.
 
     generate(prompts, n, seed, step) -> list[Group]    n answers to each prompt from the current policy
-    sync()                                             the trainer's new weights; returns how far the engine is off
+    sleep()                                            before the update: give up memory that the trainer can use
+    sync(model) -> float                               after it: the new weights; how far the engine is off
 
 Every answer has a random stream of its own, from (seed, step, prompt, sample): runs repeat, an answer depends neither
 on the batch it was sampled in nor on the rank that sampled it, and evaluations share their noise from step to step.
 Sampling is at a temperature and nothing else: with top-p or top-k the log-probs would be those of another distribution.
 """
 
+import contextlib
+import copy
 import hashlib
+import importlib.util
+import os
+import random
 
 import numpy as np
 import torch
 
+import ranks
 from buffer import Group
 from data import Prompt
+from logprobs import Scorer, Sequence, pack
 
 
 def request_seed(seed: int, step: int, prompt: int, sample: int) -> int:
@@ -64,17 +72,36 @@ def load_model(path: str, gradient_checkpointing: bool = False):
     return model.to(device).eval(), tokenizer, sorted(stop - {None})
 
 
+def make_groups(prompts: list[Prompt], n: int, step: int, tokens: list, logprobs: list, truncated: list) -> list[Group]:
+    """Groups born at `step`, without rewards, of `n` answers to each prompt in turn."""
+    rows = [slice(i * n, (i + 1) * n) for i in range(len(prompts))]
+    return [
+        Group(prompt=p.index, tokens=tokens[r], logprobs=logprobs[r], truncated=truncated[r], birth=step)
+        for p, r in zip(prompts, rows, strict=True)
+    ]
+
+
 class TransformersEngine:
-    """Batched sampling with a KV cache from the trainer's own weights: nothing to sync, runs anywhere."""
+    """Batched sampling with a KV cache, from the trainer's own weights where it is the only rank; runs anywhere."""
 
     name = "transformers"
 
-    def __init__(self, model, stop_ids, max_tokens: int, temperature: float = 1.0, batch_size: int = 512):
+    def __init__(self, model, stop_ids, max_tokens: int, temperature=1.0, batch_size=512, dtype="float32"):
         self.model, self.temperature, self.max_tokens = model, temperature, max_tokens
         self.stop = torch.tensor(sorted(stop_ids), device=model.device)
         self.batch_size = batch_size  # answers decoded side by side; bounds the KV cache
+        self.autocast = torch.autocast(model.device.type, torch.bfloat16, enabled=dtype == "bfloat16")
 
-    def sync(self) -> float:
+    def sleep(self) -> None:
+        """Nothing to give up: the KV cache went with the last batch."""
+
+    @torch.no_grad()
+    def sync(self, model=None) -> float:
+        """With several ranks the trainer's weights are in shards, and the engine has whole ones of its own."""
+        model = model.model if isinstance(model, Scorer) else model
+        if model is not None and model is not self.model:
+            for mine, theirs in zip(self.model.parameters(), model.parameters(), strict=True):
+                mine.copy_(ranks.whole(theirs))
         return 0.0
 
     def generate(
@@ -87,21 +114,14 @@ class TransformersEngine:
         for start in range(0, len(prompts), at_once):
             part = prompts[start : start + at_once]
             seeds = [request_seed(seed, step, prompt.index, i) for prompt in part for i in range(n)]
-            tokens, logprobs, lengths, finished = self._decode([p.ids for p in part], n, seeds, temperature)
-            for p, prompt in enumerate(part):
-                rows = range(p * n, (p + 1) * n)
-                groups.append(
-                    Group(
-                        prompt=prompt.index,
-                        tokens=[tokens[r, : lengths[r]].clone() for r in rows],
-                        logprobs=[logprobs[r, : lengths[r]].clone() for r in rows],
-                        truncated=[not finished[r] for r in rows],
-                        birth=step,
-                    )
-                )
+            with torch.no_grad(), self.autocast:  # as in the update, so that both see the same log-probs
+                tokens, logprobs, ends, finished = self._decode([p.ids for p in part], n, seeds, temperature)
+            tokens, logprobs = (
+                [row[:end].clone() for row, end in zip(x, ends, strict=True)] for x in (tokens, logprobs)
+            )
+            groups += make_groups(part, n, step, tokens, logprobs, [not done for done in finished])
         return groups
 
-    @torch.inference_mode()
     def _decode(self, prompts: list[tuple[int, ...]], n: int, seeds: list[int], temperature: float):
         """Tokens and log-probs, [B, T] on the CPU with rubbish after each answer's end, lengths [B], finished [B]."""
         device = self.model.device
@@ -119,9 +139,7 @@ class TransformersEngine:
         ends = torch.full((size,), self.max_tokens)
         finished = torch.zeros(size, dtype=torch.bool)
 
-        out = self.model(
-            input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=True, logits_to_keep=1
-        )
+        out = self.model(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=True, logits_to_keep=1)
         cache, logits, position = out.past_key_values, out.logits[:, -1], lengths
         # The running batch holds each distinct prefix once: at first the prompts, and answers part where they differ.
         alive = torch.arange(size)  # answers still being written
@@ -149,3 +167,195 @@ class TransformersEngine:
             ).logits[:, -1]  # fmt: skip
             position = position + 1
         return tokens, logprobs, ends.tolist(), finished.tolist()
+
+
+PROBES, PROBE_TOKENS = 8, 16  # answers that `sync` compares, and their length
+# What log-probs of sampled tokens may differ by. Rounding alone gives 4e-6 in float32 (0.02 in the TF32 of GPU kernels)
+# and 0.4 in bfloat16, over 6,000 tokens of a trained model. An engine two updates behind is off by 1 at the embedded
+# model's learning rate, one with a stale output layer by 3, one with lost weights by 5.
+SYNC_BOUND = {"float32": 0.05, "bfloat16": 1.0}
+
+
+class VLLMEngine:
+    """vLLM in the trainer's process, on a GPU or a CPU. Weights go over by reference, and in place.
+
+    model  the trainer's, whose weights are pushed before this returns; None: weights are read from `path`, for good
+
+    A default process group stays behind where there was none. One engine at a time: when one is collected, it takes the
+    communication groups of all others with it.
+    """
+
+    name = "vllm"
+
+    def __init__(self, model, path: str, stop_ids, cfg):
+        cuda = torch.cuda.is_available()
+        self.temperature, self.max_tokens, self.dtype = cfg.temperature, cfg.max_tokens, cfg.dtype
+        self.sleeps, self.asleep = cuda and not cfg.keep_resident, False  # vLLM on a CPU does not know how to
+        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # before the import
+        os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+        os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+        if not cuda:
+            os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # it would compile one small helper, with a C++ compiler
+        parallel = {"tensor_parallel_size": cfg.tensor_parallel, "distributed_executor_backend": "external_launcher"}
+        with trainer_untouched():
+            import vllm
+
+            self.llm = vllm.LLM(
+                model=path,
+                # with "dummy" all weights come from the trainer: one that pushes do not reach is missed at once
+                load_format="auto" if model is None else "dummy",
+                dtype=cfg.dtype,
+                skip_tokenizer_init=True,  # token ids in and out
+                max_model_len=cfg.max_prompt_tokens + cfg.max_tokens,
+                max_num_seqs=cfg.rollout_batch,
+                gpu_memory_utilization=cfg.gpu_memory,
+                kv_cache_memory_bytes=int(cfg.kv_cache_gb * 2**30) or (None if cuda else 2**28),
+                enable_prefix_caching=True,  # the answers of a group share its prompt
+                logprobs_mode="processed_logprobs",  # of the distribution sampled from, at its temperature
+                enable_sleep_mode=self.sleeps,
+                enforce_eager=cfg.enforce_eager or not cuda,
+                use_tqdm_on_load=False,
+                **(parallel if cfg.tensor_parallel > 1 else {}),
+            )
+        # log-probs of the sampled token alone; the ids that end an answer are these and no others
+        self.sampling = {"logprobs": 0, "flat_logprobs": True, "detokenize": False}
+        self.sampling |= {"stop_token_ids": sorted(stop_ids), "ignore_eos": True}
+        if model is not None:
+            # ids of the lower half: the upper end may be padding, which no tokenizer knows and no training touched
+            half = model.config.get_text_config().vocab_size // 2
+            ids = torch.randint(half, (PROBES, 4), generator=torch.Generator().manual_seed(0)).tolist()
+            self.probes = [Prompt(i, "", "", tuple(row)[: cfg.max_prompt_tokens]) for i, row in enumerate(ids)]
+            self.sync(model)
+
+    def generate(
+        self, prompts: list[Prompt], n: int, seed: int, step: int, temperature: float | None = None, max_tokens: int = 0
+    ) -> list[Group]:
+        """`n` answers to each prompt, as groups born at `step`, without rewards."""
+        from vllm import SamplingParams
+
+        if self.asleep:
+            raise RuntimeError("the engine is asleep and would wait for ever: call sync first")
+        temperature = self.temperature if temperature is None else temperature
+        # one request for each answer, because a seed belongs to a request; they share the prompt in the prefix cache
+        seeds = [request_seed(seed, step, prompt.index, i) for prompt in prompts for i in range(n)]
+        requests = [{"prompt_token_ids": list(prompt.ids)} for prompt in prompts for _ in range(n)]
+        how = self.sampling | {"temperature": temperature, "max_tokens": max_tokens or self.max_tokens}
+        params = [SamplingParams(seed=s, **how) for s in seeds]
+        with trainer_untouched():
+            answers = [out.outputs[0] for out in self.llm.generate(requests, params, use_tqdm=False)]
+        tokens = [torch.tensor(answer.token_ids, dtype=torch.int32) for answer in answers]
+        logprobs = [torch.tensor(answer.logprobs.logprobs, dtype=torch.float32) for answer in answers]
+        return make_groups(prompts, n, step, tokens, logprobs, [answer.finish_reason != "stop" for answer in answers])
+
+    def sleep(self) -> None:
+        """Frees the KV cache, and the weights too: `sync` brings all of them anyway."""
+        if self.sleeps and not self.asleep:
+            self.llm.sleep(level=2)
+            self.asleep = True
+
+    def sync(self, model) -> float:
+        """Pushes the weights of `model`. Returns the largest difference between the log-probs of the engine and of the
+        trainer over a few answers; RuntimeError if it is more than rounding can explain."""
+        model = model if isinstance(model, Scorer) else Scorer(model)
+        if self.asleep:
+            torch.cuda.empty_cache()  # what PyTorch hoards, vLLM cannot allocate
+            self.llm.wake_up(tags=["weights"])
+        self._push(model)
+        if self.asleep:
+            torch.cuda.empty_cache()  # the KV cache comes last, into the room that the push no longer needs
+            self.llm.wake_up(tags=["kv_cache"])
+            self.asleep = False
+        if not self.llm.reset_prefix_cache():  # else prompts would be read with the old weights
+            raise RuntimeError("vLLM did not drop its prefix cache, which holds activations of the old weights")
+        error = self._difference(model)
+        if not error <= SYNC_BOUND[self.dtype]:  # NaN too
+            raise RuntimeError(
+                f"vLLM does not follow the trainer: after a sync their log-probs of the same tokens differ by {error:.3g} "
+                f"(rounding: at most {SYNC_BOUND[self.dtype]:g}); use another version of vLLM, or --engine transformers"
+            )
+        return error
+
+    def _push(self, model: Scorer) -> None:
+        """By the worker's own loader, which knows names, fused layers and shards, and leaves tensors where CUDA graphs
+        look for them. Never without an iterator: then it silently reads the checkpoint on disk once more."""
+        dtype = getattr(torch, self.dtype)
+        weights = ((name, ranks.whole(weight.detach()).to(dtype)) for name, weight in model.model.named_parameters())
+        self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
+        self.llm.apply_model(_repack_tied_head)
+
+    @torch.no_grad()
+    def _difference(self, model: Scorer) -> float:
+        """Over answers to fixed prompts with fixed seeds. Not over fixed answers: they grow unlikely as the policy
+        changes, and rounding weighs three times as much on unlikely tokens."""
+        length = min(PROBE_TOKENS, self.max_tokens)
+        groups = self.generate(self.probes, 1, seed=0, step=0, temperature=1.0, max_tokens=length)
+        pairs = zip(self.probes, groups, strict=True)
+        answers = [Sequence(probe.ids, group.tokens[0], group.logprobs[0], 0.0, 0) for probe, group in pairs]
+        device = next(model.parameters()).device
+        (batch,) = pack(answers, tokens=2 * PROBES * PROBE_TOKENS, device=device)
+        # sharded over ranks, the model has its own mixed precision
+        with torch.autocast(device.type, torch.bfloat16, enabled=self.dtype == "bfloat16" and ranks.world() == 1):
+            logprobs, _ = model(batch, 1.0)
+        engine = torch.cat([answers[i].behaviour for i in batch.sequences]).to(logprobs.device)
+        return (engine - logprobs).abs().max().item()
+
+
+def _repack_tied_head(model) -> None:
+    """On a CPU vLLM computes with packed copies of the weights. A reload renews them all but that of an output layer
+    tied to the embedding, which would go on with the old weights."""
+    head, embedding = getattr(model, "lm_head", None), getattr(getattr(model, "model", None), "embed_tokens", None)
+    if hasattr(head, "cpu_linear") and embedding is not None and head.weight is embedding.weight:
+        head.quant_method.process_weights_after_loading(head)
+
+
+@contextlib.contextmanager
+def trainer_untouched():
+    """vLLM reseeds and draws from the global generators of this process, turns `torch.set_num_threads` off, and on a
+    CPU sets variables that child processes would inherit: all of it is put back."""
+    python, numpy, set_num_threads = random.getstate(), np.random.get_state(), torch.set_num_threads
+    variables = {name: os.environ.get(name) for name in ("LD_PRELOAD", "LOCAL_WORLD_SIZE")}
+    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+    try:
+        with torch.random.fork_rng(devices):
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)
+        torch.set_num_threads = set_num_threads
+        for name, value in variables.items():
+            os.environ.pop(name, None)
+            os.environ.update({} if value is None else {name: value})
+
+
+def make_engine(kind: str, model, model_path: str, stop_ids, cfg) -> TransformersEngine | VLLMEngine:
+    """The engine named `kind`, or with "auto" the one for this machine; prints which and why. Its weights are those of
+    `model`, or where that is None of `model_path`. ValueError, in one line, if it cannot run."""
+    from transformers import AutoConfig
+
+    gpu, installed, why = torch.cuda.is_available(), importlib.util.find_spec("vllm") is not None, "asked for"
+    if kind == "auto":
+        kind = "vllm" if gpu and installed else "transformers"
+        why = "no CUDA GPU here" if not gpu else "CUDA GPU and vLLM are here" if installed else "vLLM is not installed"
+    if kind == "vllm" and not installed:
+        raise ValueError("vLLM is not installed: pip install -r requirements.txt, or use --engine transformers")
+    if kind == "vllm" and cfg.tensor_parallel > int(os.environ.get("WORLD_SIZE", 1)):
+        raise ValueError(f"--tensor-parallel {cfg.tensor_parallel} needs so many processes: start the run by torchrun")
+    config = (AutoConfig.from_pretrained(model_path) if model is None else model.config).get_text_config()
+    context, wanted = getattr(config, "max_position_embeddings", None), cfg.max_prompt_tokens + cfg.max_tokens
+    if context and wanted > context:
+        raise ValueError(
+            f"--max-prompt-tokens {cfg.max_prompt_tokens} and --max-tokens {cfg.max_tokens} make {wanted} tokens, and "
+            f"{model_path} has a context of {context}; lower one of them"
+        )
+    if ranks.is_main():
+        print(f"engine: {kind} ({why})")
+    if kind == "transformers":
+        model = load_model(model_path)[0] if model is None else copy.deepcopy(model) if ranks.world() > 1 else model
+        return TransformersEngine(model, stop_ids, cfg.max_tokens, cfg.temperature, cfg.rollout_batch, cfg.dtype)
+    try:
+        return VLLMEngine(model, model_path, stop_ids, cfg)
+    except (ImportError, KeyError, ValueError, RuntimeError) as error:
+        raise ValueError(
+            f"vLLM cannot run {model_path}: {' '.join(str(error).split())[:400]} ({type(error).__name__}). Is memory "
+            "short, set --kv-cache-gb or lower --gpu-memory; else use --engine transformers"
+        ) from error

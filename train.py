@@ -26,12 +26,14 @@ import eval
 import grpo
 import log
 import plot
+import ranks
 import reward
 import tiny
 from buffer import Group, GroupReplay, RolloutReplay, Surplus
 from config import Config
+from logprobs import Scorer, Sequence
 from replay import GRESO, Prioritized, PromptReplay, Uniform
-from rollout import TransformersEngine, load_model
+from rollout import TransformersEngine, VLLMEngine, load_model, make_engine
 
 HERE = Path(__file__).parent
 
@@ -42,10 +44,10 @@ class Run:
 
     cfg: Config
     folder: Path
-    model: torch.nn.Module
-    reference: torch.nn.Module | None  # the model as loaded, for the KL
+    model: Scorer  # the trained model, sharded where there are several ranks
+    reference: Scorer | None  # the model as loaded, for the KL
     tokenizer: object
-    engine: TransformersEngine
+    engine: TransformersEngine | VLLMEngine
     optimizer: torch.optim.Optimizer
     reward: Callable[[list[str], list[str]], list[float]]
     prompts: list[data.Prompt]
@@ -62,32 +64,49 @@ def prepare(cfg: Config) -> Run:
     """Everything that can go wrong by a user's mistake goes wrong here, as a ValueError or OSError of one line."""
     switches = config.validate(cfg)
     torch.set_num_threads(cfg.threads or torch.get_num_threads())
-    folder = choose_folder(cfg)
-    reward_function = reward.load(cfg.reward)
-    model, tokenizer, stop_ids = load_model(
-        cfg.model or str(tiny.make(HERE / "out" / "tiny-model")), cfg.gradient_checkpointing
-    )
+    reward_function = reward.load(cfg.reward)  # its child processes start before CUDA does
+    ranks.start()
+    folder = Path(ranks.from_main(str(choose_folder(cfg))))
+    path = cfg.model or str(HERE / "out" / "tiny-model")
+    if not cfg.model and ranks.is_main():
+        tiny.make(path)
+    ranks.barrier()
+    model, tokenizer, stop_ids = load_model(path, cfg.gradient_checkpointing)
     prompts, held_out = load_prompts(cfg, tokenizer)
+    sampler = make_sampler(switches.get("prompts"), len(prompts), cfg)
+    stores = make_stores(switches, cfg)
+    reference = Scorer(copy.deepcopy(model).requires_grad_(False)) if cfg.kl else None
+    engine = make_engine(cfg.engine, model, path, stop_ids, cfg)
+    scorer = Scorer(model)
+    for module in filter(None, (scorer, reference)):
+        layers = [m for m in module.modules() if type(m).__name__ in (model._no_split_modules or ())]
+        ranks.shard(module, layers, cfg.dtype == "bfloat16")
     run = Run(
         cfg=cfg,
         folder=folder,
-        model=model,
-        reference=copy.deepcopy(model).requires_grad_(False) if cfg.kl else None,
+        model=scorer,
+        reference=reference,
         tokenizer=tokenizer,
-        engine=TransformersEngine(model, stop_ids, cfg.max_tokens, cfg.temperature, cfg.rollout_batch),
-        optimizer=torch.optim.AdamW(
-            model.parameters(), lr=cfg.lr, betas=(0.9, 0.95), weight_decay=cfg.weight_decay, fused=True
-        ),
+        engine=engine,
+        optimizer=make_optimizer(scorer, cfg),
         reward=reward_function,
         prompts=prompts,
         held_out=held_out,
         digest=hashlib.sha256(json.dumps([(p.text, p.answer) for p in prompts]).encode()).hexdigest(),
-        sampler=make_sampler(switches.get("prompts"), len(prompts), cfg),
-        stores=make_stores(switches, cfg),
+        sampler=sampler,
+        stores=stores,
     )
     if cfg.resume:
         checkpoint.resume(run)
+        engine.sync(scorer)
     return run
+
+
+def make_optimizer(model: torch.nn.Module, cfg: Config) -> torch.optim.Optimizer:
+    """Weights and moments in float32: in bf16 a weight does not move at lr 1e-6."""
+    return torch.optim.AdamW(
+        model.parameters(), lr=cfg.lr, betas=(0.9, 0.95), weight_decay=cfg.weight_decay, fused=True
+    )
 
 
 def make_sampler(name: str | None, n: int, cfg: Config):
@@ -127,7 +146,7 @@ def load_prompts(cfg: Config, tokenizer) -> tuple[list[data.Prompt], list[data.P
         pairs = data.arithmetic(2000 + cfg.eval_prompts)
         pairs, held_out = pairs[cfg.eval_prompts :], pairs[: cfg.eval_prompts]
     prompts, skipped = data.encode(pairs[: cfg.max_prompts or None], tokenizer, cfg.max_prompt_tokens)
-    if skipped:
+    if skipped and ranks.is_main():
         print(f"{skipped} of {len(prompts) + skipped} prompts are longer than {cfg.max_prompt_tokens} tokens: left out")
     if len(prompts) < cfg.prompts_per_step:
         raise ValueError(
@@ -154,12 +173,18 @@ def choose_folder(cfg: Config) -> Path:
 # ---------------------------------------------------------------- one step, in parts
 
 
+def rollouts(run: Run, drawn: list[int], step: int) -> list[Group]:
+    """Answers to this rank's share of the drawn prompts."""
+    prompts = [run.prompts[i] for i in ranks.share(drawn)]
+    return run.engine.generate(prompts, run.cfg.answers_per_prompt, run.cfg.seed, step)
+
+
 def score(run: Run, groups: list[Group]) -> list[list[str]]:
     """Sets rewards and advantages of `groups`; returns their texts."""
     texts = [[run.tokenizer.decode(t, skip_special_tokens=True) for t in group.tokens] for group in groups]
     golds = [run.prompts[group.prompt].answer for group in groups for _ in group.tokens]
     rewards = torch.tensor(run.reward([t for group in texts for t in group], golds), dtype=torch.float32)
-    for group, values in zip(groups, rewards.view(len(groups), -1), strict=True):  # [G]
+    for group, values in zip(groups, rewards.split([len(g.tokens) for g in groups]), strict=True):  # [G]
         group.rewards, group.advantages = values.clone(), grpo.advantages(values, run.cfg.advantage)
     return texts
 
@@ -174,9 +199,9 @@ def observe(sampler, groups: list[Group], step: int) -> None:
     )
 
 
-def training_sequences(run: Run, batch: list[Group], step: int) -> list[grpo.Sequence]:
+def training_sequences(run: Run, batch: list[Group], step: int) -> list[Sequence]:
     """The answers of `batch`, equal ones of a group once with their number: the gradient is the same."""
-    sequences: dict[tuple, grpo.Sequence] = {}
+    sequences: dict[tuple, Sequence] = {}
     for group in batch:
         advantages = group.advantages.tolist()
         for tokens, logprobs, advantage, cut in zip(
@@ -189,7 +214,7 @@ def training_sequences(run: Run, batch: list[Group], step: int) -> list[grpo.Seq
                 sequences[key].count += 1
             else:
                 ids = run.prompts[group.prompt].ids
-                sequences[key] = grpo.Sequence(ids, tokens, logprobs, advantage, step - group.birth)
+                sequences[key] = Sequence(ids, tokens, logprobs, advantage, step - group.birth)
     return list(sequences.values())
 
 
@@ -207,9 +232,18 @@ class Stop:
         self.signal = number
         tqdm.write("stopping after this step; once more to stop at once", file=sys.stderr)
 
+    def agreed(self) -> int:
+        """The signal that any rank has had, so that all of them leave after the same step."""
+        self.signal = int(ranks.largest(self.signal))
+        return self.signal
+
 
 def evaluate(run: Run) -> float:
-    return eval.accuracy(run.engine, run.held_out, run.tokenizer, run.reward, run.cfg.eval_samples, run.cfg.seed)
+    mine = ranks.share(run.held_out)
+    mean = 0.0
+    if mine:
+        mean = eval.accuracy(run.engine, mine, run.tokenizer, run.reward, run.cfg.eval_samples, run.cfg.seed)
+    return ranks.total([mean * len(mine)])[0] / len(run.held_out)
 
 
 def samples(run: Run, groups: list[Group], texts: list[list[str]], step: int, count: int = 2) -> list[dict]:
@@ -229,20 +263,23 @@ def train(run: Run) -> int:
     surplus = run.stores.get("dapo")
     evaluates = cfg.eval_every and run.held_out
     start = {"eval_accuracy_start": evaluate(run)} if evaluates and run.step == 0 else {}
-    progress = tqdm(range(run.step + 1, cfg.steps + 1), initial=run.step, total=cfg.steps, unit="step", disable=None)
+    quiet = None if ranks.is_main() else True  # None: no bar where there is no terminal
+    progress = tqdm(range(run.step + 1, cfg.steps + 1), initial=run.step, total=cfg.steps, unit="step", disable=quiet)
     for step in progress:
         clock, seconds = log.Clock(), dict.fromkeys(("rollout", "reward", "update", "sync"), 0.0)
         groups: list[Group] = []
         useful: list[Group] = []  # those with a gradient; dead groups never reach the update
+        texts: list[list[str]] = []
 
         # Rollouts: one round, or with dynamic sampling (DAPO) as many as fill the batch, within bounds.
         for _ in range(cfg.max_rounds if surplus else 1):
             drawn = run.sampler.draw(cfg.prompts_per_step, step)
             if not drawn:
                 break  # a small data set: every prompt is in this step already
-            new = run.engine.generate([run.prompts[i] for i in drawn], cfg.answers_per_prompt, cfg.seed, step)
+            mine = rollouts(run, drawn, step)
             seconds["rollout"] += clock.lap()
-            texts = score(run, new)
+            texts += score(run, mine)
+            new = ranks.gather(mine)  # every rank knows all groups: samplers and stores stay the same everywhere
             seconds["reward"] += clock.lap()
             observe(run.sampler, new, step)  # dead groups too: that a prompt is solved is worth knowing
             groups += new
@@ -254,9 +291,10 @@ def train(run: Run) -> int:
         batch = useful
         for store in run.stores.values():
             batch = store.complete(batch, cfg.prompts_per_step, step)
+        run.engine.sleep()
         trained = grpo.update(run.model, run.optimizer, training_sequences(run, batch, step), cfg, step, run.reference)
         seconds["update"] += clock.lap()
-        sync_error = run.engine.sync()
+        sync_error = run.engine.sync(run.model)
         seconds["sync"] += clock.lap()
 
         run.step = step
@@ -273,10 +311,12 @@ def train(run: Run) -> int:
         row |= {"seconds_total": sum(seconds.values()), "peak_memory_mb": log.peak_memory_mb()}
         if evaluates and (step % cfg.eval_every == 0 or step == cfg.steps):
             row["eval_accuracy"] = evaluate(run)
-            log.append(run.folder / "samples.jsonl", samples(run, groups, texts, step))
-        log.append(run.folder / "metrics.jsonl", [row])
-        progress.write(log.line(row))
-        if step % cfg.save_every == 0 or step == cfg.steps or stop.signal:
+        if ranks.is_main():
+            log.append(run.folder / "metrics.jsonl", [row])
+            if "eval_accuracy" in row:
+                log.append(run.folder / "samples.jsonl", samples(run, ranks.share(groups), texts, step))
+            progress.write(log.line(row))
+        if stop.agreed() or step % cfg.save_every == 0 or step == cfg.steps:
             checkpoint.save(run)
         if stop.signal:
             break
@@ -288,21 +328,23 @@ def main(argv: list[str]) -> int:
     try:
         run = prepare(cfg)
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        if ranks.is_main():
+            print(f"error: {error}", file=sys.stderr)
         return 2
-    run.folder.mkdir(parents=True, exist_ok=True)
-    (run.folder / "config.json").write_text(json.dumps(asdict(cfg) | {"given": given}, indent=2) + "\n")
-    print(f"run folder: {run.folder}{f', going on after step {run.step}' if run.step else ''}")
+    if ranks.is_main():
+        run.folder.mkdir(parents=True, exist_ok=True)
+        (run.folder / "config.json").write_text(json.dumps(asdict(cfg) | {"given": given}, indent=2) + "\n")
+        print(f"run folder: {run.folder}{f', going on after step {run.step}' if run.step else ''}")
     ended_by = train(run)
-    if ended_by:
+    if not ended_by:
+        checkpoint.export(run)
+    if ranks.is_main() and ended_by:
         print(f"saved after step {run.step}; go on with --resume --out {run.folder}")
-        return 128 + ended_by
-    run.model.save_pretrained(run.folder / "model")
-    run.tokenizer.save_pretrained(run.folder / "model")
-    rows = plot.read(run.folder / "metrics.jsonl")
-    print(log.summary(rows))
-    print(f"model: {run.folder / 'model'}, curves: {plot.curves(run.folder)}")
-    return 0
+    elif ranks.is_main():
+        print(log.summary(plot.read(run.folder / "metrics.jsonl")))
+        print(f"model: {run.folder / 'model'}, curves: {plot.curves(run.folder)}")
+    ranks.stop()
+    return 128 + ended_by if ended_by else 0
 
 
 if __name__ == "__main__":

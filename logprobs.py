@@ -1,0 +1,181 @@
+"""From answers to the log-probs of their tokens: packing without padding, and never the full logits.
+
+Answers are flat lists of tokens with lengths. There is no padding and no mask, so none can be wrong; the end-of-text
+token is an ordinary token of the answer, because the model must learn to stop.
+
+Letters: S sequences, N answer tokens, R rows of L tokens, H hidden size, V vocabulary.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+
+class _ChunkedLogProb(torch.autograd.Function):
+    """log-prob and entropy of targets from hidden states, a chunk of tokens at a time: [N, V] logits never exist."""
+
+    @staticmethod
+    def forward(ctx, hidden, weight, targets, inverse_temperature, chunk):
+        logprob = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
+        entropy, normaliser = torch.empty_like(logprob), torch.empty_like(logprob)
+        for start in range(0, len(hidden), chunk):
+            rows = slice(start, start + chunk)
+            logits = (hidden[rows] @ weight.T).float().mul_(inverse_temperature)  # [chunk, V]
+            normaliser[rows] = torch.logsumexp(logits, -1)
+            logprob[rows] = logits.gather(1, targets[rows, None])[:, 0] - normaliser[rows]
+            expected = (torch.softmax(logits, -1).mul_(logits)).sum(-1)
+            entropy[rows] = normaliser[rows] - expected
+        ctx.save_for_backward(hidden, weight, targets, normaliser)
+        ctx.inverse_temperature, ctx.chunk = inverse_temperature, chunk
+        ctx.mark_non_differentiable(entropy)
+        return logprob, entropy
+
+    @staticmethod
+    def backward(ctx, grad, _):
+        hidden, weight, targets, normaliser = ctx.saved_tensors
+        grad_hidden = torch.empty_like(hidden)
+        grad_weight = torch.zeros_like(weight, dtype=torch.float32)
+        for start in range(0, len(hidden), ctx.chunk):
+            rows = slice(start, start + ctx.chunk)
+            logits = (hidden[rows] @ weight.T).float().mul_(ctx.inverse_temperature)
+            slope = torch.exp(logits.sub_(normaliser[rows, None])).neg_()  # d logprob / d logits = onehot - softmax
+            slope.scatter_add_(1, targets[rows, None], torch.ones_like(slope[:, :1]))
+            slope.mul_((grad[rows] * ctx.inverse_temperature)[:, None])
+            slope = slope.to(weight.dtype)
+            grad_hidden[rows] = slope @ weight
+            grad_weight += slope.T @ hidden[rows]
+        return grad_hidden, grad_weight.to(weight.dtype), None, None, None
+
+
+def token_logprobs(hidden, weight, targets, temperature: float = 1.0, chunk: int | None = None):
+    """log-prob of `targets` [N] and entropy [N] of softmax(hidden [N, H] @ weight [V, H].T / temperature), in float32.
+    `chunk` tokens at a time; by default as many as make 128 MiB of logits (512 on a GPU).
+
+    Divided by the sampling temperature, because that is the distribution the answers were drawn from. The entropy is
+    for the log and carries no gradient.
+    """
+    if torch.is_autocast_enabled(hidden.device.type):
+        # by hand, because autocast is off in the backward pass, and logits made anew in float32 would not fit
+        dtype = torch.get_autocast_dtype(hidden.device.type)
+        hidden, weight = hidden.to(dtype), weight.to(dtype)
+    chunk = chunk or max((2**27 if hidden.is_cuda else 2**25) // len(weight), 1)
+    return _ChunkedLogProb.apply(hidden, weight, targets, 1.0 / temperature, chunk)
+
+
+@dataclass
+class Sequence:
+    """One answer to train on: what came before it, its tokens and log-probs as sampled, and its place in the log."""
+
+    prompt: tuple[int, ...]  # token ids
+    tokens: torch.Tensor  # [T] int, end of text inside
+    behaviour: torch.Tensor  # [T] float32, log mu
+    advantage: float
+    age: int  # steps since it was sampled; 0 is fresh
+    count: int = 1  # equal answers of one group are trained once, with their number as weight
+
+    def __len__(self) -> int:
+        return len(self.prompt) + len(self.tokens)
+
+
+@dataclass
+class MicroBatch:
+    """Sequences packed without padding into rows; R rows of L tokens, N answer tokens in all."""
+
+    input_ids: torch.Tensor  # [R, L]
+    position_ids: torch.Tensor  # [R, L], restarts at 0 with each sequence: the model reads the borders from it
+    index: torch.Tensor  # [N] where, in R * L, the hidden state stands that predicts each answer token
+    targets: torch.Tensor  # [N]
+    segment: torch.Tensor  # [N] which sequence, counted within this micro-batch
+    sequences: list[int]  # their numbers in the list given to `pack`
+
+
+def pack(sequences: list[Sequence], tokens: int, row_length: int | None = None, device="cpu") -> list[MicroBatch]:
+    """Micro-batches of at most `tokens` tokens each (or one sequence, where one alone is longer), longest first.
+
+    Rows are as long as the longest sequence unless `row_length` says more: attention without a variable-length kernel
+    costs rows * L^2, so that short rows are cheap, and several short sequences still share a row.
+    """
+    order = sorted(range(len(sequences)), key=lambda i: -len(sequences[i]))
+    batches: list[MicroBatch] = []
+    while order:
+        length = max(len(sequences[order[0]]), row_length or 0)
+        rows: list[list[int]] = []
+        room: list[int] = []
+        waiting = []
+        for i in order:  # first fit, longest first
+            size = len(sequences[i])
+            row = next((r for r, free in enumerate(room) if free >= size), None)
+            if row is None and (not rows or (len(rows) + 1) * length <= tokens):
+                rows.append([])
+                room.append(length)
+                row = len(rows) - 1
+            if row is None:
+                waiting.append(i)
+                continue
+            rows[row].append(i)
+            room[row] -= size
+        batches.append(_fill(sequences, rows, length, device))
+        order = waiting
+    return batches
+
+
+def _fill(sequences: list[Sequence], rows: list[list[int]], length: int, device) -> MicroBatch:
+    input_ids, position_ids, index, targets, lengths = [], [], [], [], []
+    for r, row in enumerate(rows):
+        start = r * length
+        for i in row:
+            s = sequences[i]
+            input_ids += [torch.tensor(s.prompt, dtype=torch.long), s.tokens.long()]
+            position_ids.append(torch.arange(len(s)))
+            first = start + len(s.prompt) - 1  # the last prompt token predicts the first answer token
+            index.append(torch.arange(first, first + len(s.tokens)))
+            targets.append(s.tokens.long())
+            lengths.append(len(s.tokens))
+            start += len(s)
+        tail = (r + 1) * length - start  # unused room becomes a sequence of its own, that nothing looks at
+        input_ids.append(torch.zeros(tail, dtype=torch.long))
+        position_ids.append(torch.arange(tail))
+    return MicroBatch(
+        torch.cat(input_ids).view(-1, length).to(device),
+        torch.cat(position_ids).view(-1, length).to(device),
+        torch.cat(index).to(device),
+        torch.cat(targets).to(device),
+        torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths)).to(device),
+        [i for row in rows for i in row],
+    )
+
+
+def model_logprobs(model, batch: MicroBatch, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """log-prob and entropy of every answer token of `batch`, [N] each.
+
+    No mask and no cache: given either, transformers silently lets packed sequences see their neighbours.
+    """
+    hidden = model.base_model(
+        input_ids=batch.input_ids, position_ids=batch.position_ids, attention_mask=None, use_cache=False
+    ).last_hidden_state
+    chosen = hidden.flatten(0, 1)[batch.index]  # [N, H]: only what predicts an answer token meets the vocabulary
+    return token_logprobs(chosen, model.get_output_embeddings().weight, batch.targets, temperature)
+
+
+class Scorer(torch.nn.Module):
+    """A model whose forward is `model_logprobs`: the root that FSDP needs, to have the head's weight at hand."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, batch: MicroBatch, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
+        return model_logprobs(self.model, batch, temperature)
+
+
+def share_out(sequences: list[Sequence], rank: int, world: int) -> list[int]:
+    """Numbers of the sequences that `rank` trains on: dealt out longest first, there and back, to even out tokens."""
+    order = sorted(range(len(sequences)), key=lambda i: -len(sequences[i]))
+    turns = (rank, 2 * world - 1 - rank)
+    return [i for place, i in enumerate(order) if place % (2 * world) in turns]
+
+
+def empty_microbatch(device) -> MicroBatch:
+    """One token that nothing looks at: keeps a rank in step with others that have more to do."""
+    one, none = torch.zeros(1, 1, dtype=torch.long, device=device), torch.zeros(0, dtype=torch.long, device=device)
+    return MicroBatch(one, one, none, none, none, [])

@@ -1,0 +1,103 @@
+"""Several GPUs and machines: who this process is, and how ranks agree. With one process, everything here does nothing.
+
+    torchrun --nproc-per-node 8 train.py ...
+    torchrun --nnodes 2 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST:29500 train.py ...
+
+Samplers and stores are replicated: every rank makes the same draw from the same state, generates and scores its slice
+of the prompts with an engine of its own, and is handed everyone's groups. The trainer is sharded by FSDP2.
+"""
+
+import os
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+
+
+def start() -> None:
+    """Joins the process group that torchrun has prepared. Before anything else that may make one (vLLM does)."""
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1 or dist.is_initialized():
+        return
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    # a rank that died is noticed by its peers at once; one that is stuck, after this long
+    dist.init_process_group(
+        "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=timedelta(minutes=30)
+    )
+
+
+def stop() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def is_main() -> bool:
+    return rank() == 0
+
+
+def barrier() -> None:
+    if world() > 1:
+        dist.barrier()
+
+
+def share(items: list) -> list:
+    """This rank's part of a list that all ranks have."""
+    return items[rank() :: world()]
+
+
+def gather(items: list) -> list:
+    """The list whose `share` each rank holds, in its first order, on every rank."""
+    if world() == 1:
+        return items
+    parts: list[list] = [[] for _ in range(world())]
+    dist.all_gather_object(parts, items)
+    total = sum(map(len, parts))
+    return [parts[i % world()][i // world()] for i in range(total)]
+
+
+def from_main(value):
+    """Rank 0's value, on every rank."""
+    box = [value]
+    if world() > 1:
+        dist.broadcast_object_list(box)
+    return box[0]
+
+
+def total(values: list[float]) -> list[float]:
+    """Sums over ranks."""
+    sums = torch.tensor(values, dtype=torch.float64)
+    if world() > 1:
+        dist.all_reduce(sums)
+    return sums.tolist()
+
+
+def largest(value: float) -> float:
+    most = torch.tensor(float(value), dtype=torch.float64)
+    if world() > 1:
+        dist.all_reduce(most, dist.ReduceOp.MAX)
+    return most.item()
+
+
+def shard(module: torch.nn.Module, layers: list[torch.nn.Module], bfloat16: bool) -> None:
+    """Shards parameters, gradients and optimiser states over all ranks, each of `layers` on its own; weights stay in
+    float32, computation is in bfloat16, gradients are reduced in float32."""
+    if world() == 1:
+        return
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32) if bfloat16 else None
+    for part in [*layers, module]:
+        fully_shard(part, **({"mp_policy": policy} if policy else {}))
+
+
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    """The full tensor of a sharded parameter; every rank has to ask."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

@@ -1,0 +1,288 @@
+"""The whole program: a run of each method, exact resume, signals, what a run folder holds, and every bad input."""
+
+import json
+import math
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import checkpoint
+import config
+import plot
+import tiny
+import train
+
+TINY = str(train.HERE / "out" / "tiny-model")
+SMALL = ["--prompts-per-step", "6", "--answers-per-prompt", "4", "--eval-prompts", "20", "--eval-every", "4"]
+# constants small enough that every part of every method acts within a dozen steps
+QUICK = ["--cooldown", "2", "--replay-warmup", "2", "--retest-every", "3", "--max-rounds", "3", "--save-every", "5"]
+METHODS = ["none", *config.METHODS, "prompt+group+rollout", "prioritized+dapo+rollout"]
+NOT_COMPARED = ("seconds_", "peak_memory_mb")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def embedded_model():
+    tiny.make(TINY)
+
+
+def run(out, *flags: str) -> list[dict]:
+    assert train.main([*SMALL, *QUICK, "--out", str(out), *flags]) == 0
+    return plot.read(out / "metrics.jsonl")
+
+
+def figures(rows: list[dict]) -> list[dict]:
+    return [{k: v for k, v in row.items() if not k.startswith(NOT_COMPARED)} for row in rows]
+
+
+def weights(folder) -> dict[str, torch.Tensor]:
+    return load_file(folder / "model" / "model.safetensors")
+
+
+# ---------------------------------------------------------------- what a run leaves behind
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    out = tmp_path_factory.mktemp("runs") / "finished"
+    return out, run(out, "--replay", "--steps", "12", "--seed", "3")
+
+
+def test_metrics_hold_every_figure_and_no_nan(finished):
+    _, rows = finished
+    names = (
+        "step reward zero_variance zero_variance_fresh mean_abs_advantage replayed distinct_prompts rollouts tokens "
+        "truncated entropy clip_fraction grad_norm lr seconds_rollout seconds_reward seconds_update seconds_sync "
+        "seconds_total peak_memory_mb"
+    ).split(" ")
+    assert [row["step"] for row in rows] == list(range(1, 13))
+    for row in rows:
+        assert all(math.isfinite(row[name]) for name in names), row
+        assert sum(row["pass_rates_fresh"]) + sum(row["pass_rates_replayed"]) == 6
+        assert "NaN" not in json.dumps(row)
+    assert [row["rollouts"] for row in rows] == [24 * step for step in range(1, 13)]
+    assert all(a["tokens"] < b["tokens"] for a, b in zip(rows, rows[1:], strict=False))
+    assert [row["step"] for row in rows if "eval_accuracy" in row] == [4, 8, 12]
+    assert any(row["replayed"] > 0 for row in rows) and all(row["replayed"] < 0.7 for row in rows)
+
+
+def test_run_folder_holds_config_samples_figure_and_a_loadable_model(finished):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    out, _ = finished
+    stored = json.loads((out / "config.json").read_text())
+    assert stored["seed"] == 3 and stored["replay"] == "prompt" and stored["lr"] == config.EMBEDDED["lr"]
+    assert "seed" in stored["given"] and "lr" not in stored["given"]
+    sample = plot.read(out / "samples.jsonl")[0]
+    assert {"step", "prompt", "response", "answer", "reward", "truncated"} == set(sample)
+    assert (out / "curves.png").read_bytes()[:4] == b"\x89PNG"
+    model = AutoModelForCausalLM.from_pretrained(out / "model")
+    assert AutoTokenizer.from_pretrained(out / "model").decode([2, 3]) == "01"
+    before, after = AutoModelForCausalLM.from_pretrained(TINY).state_dict(), model.state_dict()
+    assert any(not torch.equal(before[name], after[name]) for name in before)
+
+
+def test_same_seed_same_run_and_other_seed_another(finished, tmp_path):
+    _, rows = finished
+    assert figures(run(tmp_path / "again", "--replay", "--steps", "5", "--seed", "3")[:4]) == figures(rows[:4])
+    assert figures(run(tmp_path / "other", "--replay", "--steps", "4", "--seed", "4")) != figures(rows[:4])
+
+
+def test_without_replay_prompts_come_in_the_same_order(tmp_path, monkeypatch):
+    drawn: dict[str, list] = {}
+
+    def record(name, method):
+        def draw(self, n, step):
+            indices = method(self, n, step)
+            drawn.setdefault(name, []).append([x for x in indices if x not in self.epochs.replays])
+            return indices
+
+        return draw
+
+    for name in ("Uniform", "PromptReplay"):
+        monkeypatch.setattr(getattr(train, name), "draw", record(name, getattr(train, name).draw))
+    run(tmp_path / "plain", "--steps", "8")
+    run(tmp_path / "off", "--replay", "--share", "0", "--steps", "8")
+    assert drawn["PromptReplay"] == drawn["Uniform"]
+    del drawn["PromptReplay"]
+    run(tmp_path / "on", "--replay", "--steps", "8")
+    fresh = [x for batch in drawn["PromptReplay"] for x in batch]
+    assert len(fresh) < 48 and fresh == [x for batch in drawn["Uniform"] for x in batch][: len(fresh)]
+
+
+# ---------------------------------------------------------------- resume
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_runs_and_resumes_bit_for_bit(tmp_path, method):
+    flags = ["--replay", method, "--minibatches", "2" if method == "group" else "1"]
+    whole = run(tmp_path / "whole", *flags, "--steps", "12")
+    run(tmp_path / "parts", *flags, "--steps", "7")
+    with open(tmp_path / "parts" / "metrics.jsonl", "a") as file:
+        file.write(json.dumps({"step": 8, "reward": 0.0}) + '\n{"step": 9, "rew')  # written after the checkpoint, torn
+    parts = run(tmp_path / "parts", *flags, "--steps", "12", "--resume")
+    # the run that stopped at 7 evaluated then, because it ended there
+    parts[6].pop("eval_accuracy")
+    assert figures(parts) == figures(whole)
+    first, second = weights(tmp_path / "whole"), weights(tmp_path / "parts")
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    last = whole[-1]
+    assert {"dapo": "carried", "group": "stored_groups", "rollout": "stored_rollouts", "greso": "p_easy"}.get(
+        method, "reward"
+    ) in last
+    if "group" in method or "rollout" in method:
+        assert any(sum(row["replay_ages"]) for row in whole) and all(row["replay_ages"][0] == 0 for row in whole)
+        assert any("ess_replayed" in row for row in whole)
+
+
+def test_a_torn_checkpoint_is_never_picked_up_and_old_ones_go(finished):
+    out, _ = finished
+    assert [p.name for p in (out / "checkpoints").iterdir()] == ["step-00000012"]
+    torn = out / "checkpoints" / "step-00000099.partial"
+    torn.mkdir()
+    (torn / "state.pt").write_bytes(b"half")
+    assert checkpoint.newest(out).name == "step-00000012"
+    torn.rename(out / "checkpoints" / "step-00000100")
+    (out / "checkpoints" / "step-00000100" / "state.pt").unlink()
+    assert checkpoint.newest(out).name == "step-00000012"
+
+
+def test_a_finished_run_has_nothing_left_to_do(finished, capsys):
+    out, rows = finished
+    flags = ["--replay", "--steps", "12", "--seed", "3", "--resume"]
+    assert figures(run(out, *flags)) == figures(rows)
+
+
+def start(out, *flags: str) -> subprocess.Popen:
+    command = [sys.executable, "train.py", *SMALL, *QUICK, "--out", str(out), *flags]
+    return subprocess.Popen(
+        command, cwd=train.HERE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+
+
+def wait_for_steps(out, count: int) -> None:
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        path = out / "metrics.jsonl"
+        if path.exists() and path.read_text().count("\n") >= count:
+            return
+        time.sleep(0.05)
+    raise AssertionError("the run did not get that far in two minutes")
+
+
+@pytest.mark.slow
+def test_sigkill_and_resume_equal_the_uninterrupted_run(tmp_path):
+    whole = run(tmp_path / "whole", "--replay", "--steps", "200")
+    process = start(tmp_path / "killed", "--replay", "--steps", "200")
+    wait_for_steps(tmp_path / "killed", 57)
+    process.kill()
+    process.communicate()
+    assert 57 <= len((tmp_path / "killed" / "metrics.jsonl").read_text().splitlines()) < 200
+    assert figures(run(tmp_path / "killed", "--replay", "--steps", "200", "--resume")) == figures(whole)
+    first, second = weights(tmp_path / "whole"), weights(tmp_path / "killed")
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_and_leaves(tmp_path, number):
+    process = start(tmp_path / "run", "--replay", "--steps", "100000", "--save-every", "100000")
+    wait_for_steps(tmp_path / "run", 3)
+    process.send_signal(number)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 128 + number, output
+    assert "--resume" in output and "Traceback" not in output
+    steps = len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines())
+    assert checkpoint.newest(tmp_path / "run").name == f"step-{steps:08d}"
+
+
+# ---------------------------------------------------------------- bad input: one clear line, exit code 2
+
+BAD_FLAGS = {
+    "--no-such-flag 3": "no-such-flag",
+    "--answers-per-prompt 1": "--answers-per-prompt must be at least 2",
+    "--share 1.5": "share",
+    "--band 0.8 0.2": "band",
+    "--band 0.5": "band",
+    "--cooldown -1": "cooldown",
+    "--steps 0": "--steps",
+    "--steps many": "--steps",
+    "--lr 0": "--lr",
+    "--temperature 0": "--temperature",
+    "--replay nonsense": "nonsense.*prompt",
+    "--replay prompt+prioritized": "prompt and prioritized",
+    "--replay dapo+group": "dapo and group",
+    "--replay prompt+": "not known",
+    "--reward nonsense": "nonsense",
+    "--advantage median": "median",
+    "--data /nowhere/file.jsonl": "/nowhere/file.jsonl",
+    "--max-prompts 3": "3 training prompts",
+    "--max-prompt-tokens 4": "0 training prompts",
+    "--model /nowhere/model --data x": "/nowhere/model",
+    "--model out": "--data",
+    "--resume": "nothing to resume",
+    "--explore 2 --replay prioritized": "explore",
+    "--replay-ratio -1 --replay rollout": "ratio",
+}
+
+
+@pytest.mark.parametrize("flags", BAD_FLAGS)
+def test_bad_input_ends_in_one_line_and_exit_code_2(tmp_path, capsys, flags):
+    words = [*SMALL, "--out", str(tmp_path / "run"), *flags.split()]
+    if "--replay" not in words:
+        words += ["--replay"]
+    try:
+        code = train.main(words)
+    except SystemExit as stop:  # argparse's own way out
+        code = stop.code
+    error = capsys.readouterr().err.strip().splitlines()
+    assert code == 2 and re.search(BAD_FLAGS[flags], error[-1]), error
+    assert "error: " in error[-1] and not (tmp_path / "run").exists()
+
+
+def test_a_folder_that_is_no_model_and_a_file_without_answers(tmp_path, capsys):
+    (tmp_path / "config.json").write_text('{"no": "model"}')
+    (tmp_path / "data.jsonl").write_text('{"problem": "1+1=", "answer": "2"}\n{"problem": "1+2="}\n')
+    flags = ["--data", str(tmp_path / "data.jsonl"), "--out", str(tmp_path / "run")]
+    assert train.main([*flags, "--model", str(tmp_path)]) == 2
+    assert str(tmp_path) in capsys.readouterr().err
+    assert train.main([*flags, "--model", TINY]) == 2
+    assert "row 2" in capsys.readouterr().err
+
+
+def test_a_run_is_neither_overwritten_nor_resumed_with_other_settings(finished, capsys, tmp_path):
+    out, rows = finished
+    base = [*SMALL, *QUICK, "--out", str(out), "--seed", "3"]
+    assert train.main([*base, "--replay", "--steps", "12"]) == 2
+    assert "--resume" in capsys.readouterr().err
+    assert train.main([*base, "--replay", "--steps", "14", "--resume", "--share", "0.5", "--lr", "0.1"]) == 2
+    message = capsys.readouterr().err
+    assert "--share was 0.75 and is 0.5" in message and "--lr was 0.0005 and is 0.1" in message
+    assert figures(plot.read(out / "metrics.jsonl")) == figures(rows)
+
+
+def test_every_setting_is_a_flag_with_help(capsys):
+    with pytest.raises(SystemExit) as stop:
+        train.main(["--help"])
+    text = capsys.readouterr().out
+    assert stop.value.code == 0
+    for name in config.Config.__dataclass_fields__:
+        assert f"--{name.replace('_', '-')}" in text
+    for name, (_, sentence, _) in config.METHODS.items():
+        assert name in text and sentence in text
+
+
+def test_replay_alone_is_prompt_and_each_method_brings_its_papers_constants():
+    assert config.parse(["--replay"], "")[0].replay == "prompt"
+    rollout = config.parse(["--replay", "rollout"], "")[0]
+    assert (rollout.proximal, rollout.clip_high, rollout.dual_clip, rollout.advantage) == ("birth", 0.28, 10.0, "std")
+    assert config.parse(["--replay", "rollout", "--clip-high", "0.3"], "")[0].clip_high == 0.3
+    model = config.parse(["--model", "x", "--replay"], "")[0]
+    assert (model.prompts_per_step, model.answers_per_prompt, model.lr, model.temperature) == (32, 16, 1e-6, 1.0)
+    assert (model.band, model.share, model.cooldown, model.max_reuse) == ((0.25, 0.75), 0.75, 10, 15)

@@ -23,7 +23,6 @@ import config
 import log
 import ranks
 
-
 # with one process that is what is meant
 warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized")
 

@@ -31,8 +31,9 @@ METHODS = {
 
 # what differs from the defaults below, which are the papers', with the embedded model: a demo of minutes
 EMBEDDED = {
-    "prompts_per_step": 16, "answers_per_prompt": 8, "max_prompt_tokens": 32, "max_tokens": 15, "lr": 5e-4, "steps": 600,
-    "eval_every": 20, "eval_prompts": 400, "save_every": 50, "reward": "equation", "dtype": "float32", "threads": 1,
+    "prompts_per_step": 16, "answers_per_prompt": 8, "max_prompt_tokens": 32, "max_tokens": 15, "lr": 5e-4,
+    "steps": 600, "eval_every": 20, "eval_prompts": 400, "save_every": 50, "reward": "equation",
+    "dtype": "float32", "threads": 1,
 }  # fmt: skip
 
 
@@ -48,7 +49,8 @@ class Config:
     # ---- the run
     out: str = ""  # folder of the run; default: a new one under out/
     seed: int = 0  # of prompt order, sampling and replay
-    steps: int = 500  # optimiser batches to train for
+    steps: int = 500  # steps to train for
+    max_rollouts: int = 0  # end once so many answers have been generated; 0: after --steps
     resume: bool = False  # go on from the newest checkpoint in --out, as if never stopped
     save_every: int = 20  # steps between checkpoints
     eval_every: int = 20  # steps between evaluations on held-out prompts; 0: never
@@ -104,7 +106,8 @@ class Config:
     lr: float = 1e-6  # constant
     weight_decay: float = 0.0  # AdamW's
     grad_clip: float = 1.0  # largest gradient norm
-    minibatches: int = 1  # optimiser steps per batch
+    minibatches: int = 1  # optimiser steps per pass over the batch
+    epochs: int = 1  # passes over the batch
     tokens_per_microbatch: int = 16_384  # bounds the memory of the update
     dtype: Literal["bfloat16", "float32"] = "bfloat16"  # of computation; weights are float32 always
     gradient_checkpointing: bool = False  # trade time for memory
@@ -112,8 +115,8 @@ class Config:
 
 # settings that may differ between a run and its resumption
 FREE = {
-    "out", "steps", "resume", "save_every", "eval_every", "rollout_batch", "gpu_memory", "kv_cache_gb", "keep_resident",
-    "tensor_parallel", "enforce_eager",
+    "out", "steps", "max_rollouts", "resume", "save_every", "eval_every", "rollout_batch", "gpu_memory", "kv_cache_gb",
+    "keep_resident", "tensor_parallel", "enforce_eager",
 }  # fmt: skip
 
 
@@ -162,7 +165,8 @@ def validate(cfg: Config) -> dict[str, str]:
         switches[switch] = name
     for name, least in {
         "answers_per_prompt": 2, "prompts_per_step": 1, "steps": 1, "save_every": 1, "eval_every": 0, "max_tokens": 1,
-        "minibatches": 1, "max_prompts": 0, "max_rounds": 1, "tokens_per_microbatch": 1, "rollout_batch": 1,
+        "minibatches": 1, "epochs": 1, "max_rollouts": 0, "max_prompts": 0, "max_rounds": 1,
+        "tokens_per_microbatch": 1, "rollout_batch": 1,
         "max_prompt_tokens": 1, "eval_prompts": 0, "eval_samples": 1, "threads": 0, "group_capacity": 0,
     }.items():  # fmt: skip
         if getattr(cfg, name) < least:

@@ -1,25 +1,57 @@
-"""Training prompts: the embedded arithmetic task, or local files with a problem and an answer column.
+r"""Training prompts: known maths sets, any other of Hugging Face, local files, and the embedded arithmetic task.
 
 A prompt is text (or chat messages), its token ids as the model will see them, and a gold answer. Tokens are made
 once, here; from here on nothing is ever re-tokenised.
 
-    python train.py                                  # the embedded task
-    python train.py --model PATH --data train.jsonl  # one JSON object a line: {"problem": ..., "answer": ...}
+    python train.py                                            # the embedded task
+    python train.py --model ID --data polaris                  # or dolci, dapo, gsm8k, math: see SOURCES
+    python train.py --model ID --data polaris --difficulty 0.125 0.75    # by its column of pass rates
+    python train.py --model ID --data polaris=FILE.parquet     # a copy of it, for machines without network
+    python train.py --model ID --data OWNER/NAME --problem-column question --answer-column gold
+    python train.py --model ID --data train.jsonl              # one JSON object a line: {"problem": ..., "answer": ...}
+
+Problems that are the same after `normal` are one: the first is kept, and none of the evaluation sets. What is left out
+is counted. Known sets are read at the revisions in SOURCES, which several public projects pin (taken from them, not
+compared with the hub by us); where there is none, the newest is read, unless --data-revision HASH pins one. Whatever
+the hub does, `fingerprint` tells what was used.
 """
 
+import hashlib
 import json
+import logging
 import random
+import re
+import unicodedata
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-PROBLEM_COLUMNS = ("problem", "prompt", "question")
-ANSWER_COLUMNS = ("answer", "solution")
+KINDS = (".jsonl", ".json", ".parquet", ".csv")
+PROBLEM_COLUMNS, ANSWER_COLUMNS = ("problem", "prompt", "question"), ("answer", "solution")
+LONGEST_ANSWER = 400  # characters; no answer of more is ever right, and a text of more without a box is no answer
 INSTRUCTION = "\n\nPlease reason step by step, and put your final answer within \\boxed{}."
+ASKS_FOR_BOX = re.compile(r"answer[^.]{0,60}\\boxed", re.I)  # an instruction like ours is there already
+PLAIN_TEXT = "note: the tokenizer has no chat template: prompts are plain text, without an instruction"
+
+# what data sets put around their problems; an instruction is added by `encode`, once
+WRAPPERS = [
+    re.compile(pattern, re.I | re.S)
+    for pattern in (
+        r"^\s*user:\s*",
+        r"^\s*Solve the following math problem step by step\. The last line of your response.{0,200}? to the problem\.",
+        r"Remember to put your answer on its own line after \"Answer:\"\.?\s*$",
+        r"(?:Let's think|(?:Please )?reason) step by step,? and (?:output the|put your) final answer within "
+        r"\\boxed\{\}\.?\s*$",
+    )
+]
 
 # The embedded task: zero-padded operands of one to four digits, e.g. `0473+0292=`. Fixed columns, because a model
 # this small does not learn to align digits of varying place. The mix of sizes gives the untrained model about 0.27.
 WIDTH = 4
 SIZES, SIZE_WEIGHTS = (1, 2, 3, 4), (0.06, 0.44, 0.25, 0.25)
+
+Pair = tuple[str | list[dict], str]  # problem (text or chat messages), answer
 
 
 @dataclass(frozen=True)
@@ -32,7 +64,39 @@ class Prompt:
     ids: tuple[int, ...] = ()
 
 
-def arithmetic(count: int, seed: int = 0) -> list[tuple[str, str]]:
+@dataclass(frozen=True)
+class Source:
+    """A known data set of Hugging Face. Of several columns the first that is there counts."""
+
+    hub: str
+    config: str | None
+    revision: str | None  # None: the newest
+    problem: tuple[str, ...] = PROBLEM_COLUMNS
+    answer: tuple[str, ...] = ANSWER_COLUMNS
+    mixed: bool = False  # of many subjects: kept are rows whose `dataset` is math
+
+
+POLARIS, DAPO = "296f8e34132e63f4a1d70e0dcc8bddebb43f03e4", "31dd309567e3da778038cc87d868b6097a3ccf68"
+GSM8K, MATH = "740312add88f781978c0658806c59bc2815b9866", "0530c78699ea5e8eb5530600900e1f328b48acad"
+DOLCI = {"problem": ("messages", "prompt"), "answer": ("ground_truth",), "mixed": True}
+SOURCES = {
+    # 53 k with pass rates of another 7B model, as "3/8"; an instruction after some problems; repeats
+    "polaris": Source("POLARIS-Project/Polaris-Dataset-53K", None, POLARIS),
+    # 13 k, as messages or as "user: ..."; ground_truth and dataset are strings or lists
+    "dolci": Source("allenai/Dolci-RL-Zero-Math-7B", None, None, **DOLCI),
+    # 14 k in English, of which `solution` is the bare answer
+    "dapo": Source("open-r1/DAPO-Math-17k-Processed", "en", DAPO, ("prompt",), ("solution", "reward_model")),
+    # 7 k; the answer is worked and ends in "#### 1,234"
+    "gsm8k": Source("openai/gsm8k", "main", GSM8K),
+    # 7.5 k; the answer is the last box of the solution
+    "math": Source("DigitalLearningGmbH/MATH-lighteval", None, MATH),
+    # relatives: DAPO's problems a hundred times each in an "Answer: $Answer" wrapper; and 102 k of many subjects
+    "dapo-raw": Source("BytedTsinghua-SIA/DAPO-Math-17k", None, None, ("prompt",), ("reward_model",)),
+    "dolci-think": Source("allenai/Dolci-Think-RL-7B", None, None, **DOLCI),
+}
+
+
+def arithmetic(count: int, seed: int = 0) -> list[Pair]:
     """`count` different (question, answer) pairs of the embedded task, e.g. ('0473+0292=', '765')."""
     rng = random.Random(seed)
     pairs: dict[str, str] = {}
@@ -50,12 +114,15 @@ def arithmetic(count: int, seed: int = 0) -> list[tuple[str, str]]:
     return list(pairs.items())
 
 
+# ---------------------------------------------------------------- rows
+
+
 def read_rows(path: str) -> list[dict]:
     """Rows of a local .jsonl, .json, .parquet or .csv file. ValueError or OSError says what is wrong, and where."""
     file = Path(path)
     if not file.exists():
         raise FileNotFoundError(f"no data file at {path}; give an existing .jsonl, .json, .parquet or .csv file")
-    if file.suffix not in (".jsonl", ".json", ".parquet", ".csv"):
+    if file.suffix not in KINDS:
         raise ValueError(f"{path}: this kind of file is not read; use .jsonl, .json, .parquet or .csv")
     if file.stat().st_size == 0:
         raise ValueError(f"{path} is empty; it needs one JSON object a line with a problem and an answer")
@@ -63,29 +130,43 @@ def read_rows(path: str) -> list[dict]:
         import datasets  # slow to import, and not needed for the embedded task
 
         datasets.disable_progress_bars()
+        read = datasets.Dataset.from_parquet if file.suffix == ".parquet" else datasets.Dataset.from_csv
         try:
-            return (
-                datasets.Dataset.from_parquet(path).to_list()
-                if file.suffix == ".parquet"
-                else (datasets.Dataset.from_csv(path).to_list())
-            )
+            return read(path).to_list()
         except (datasets.exceptions.DatasetGenerationError, ValueError) as error:
             raise ValueError(f"{path} cannot be read as {file.suffix[1:]}: {error.__cause__ or error}") from error
     # Plain json rather than Arrow: an answer column that mixes 5 and "5/2" is common, and the line number is exact.
+    where = path
     try:
         text = file.read_text(encoding="utf-8")
+        if file.suffix == ".json" and text.lstrip().startswith("["):
+            return json.loads(text)
+        rows = []
+        for n, line in enumerate(text.splitlines(), 1):
+            where = f"{path} line {n}"
+            rows += [json.loads(line)] if line.strip() else []
+        return rows
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8 text ({error}); save it as UTF-8") from error
-    if file.suffix == ".json" and text.lstrip().startswith("["):
-        return _json(text, path)
-    return [_json(line, f"{path} line {n}") for n, line in enumerate(text.splitlines(), 1) if line.strip()]
-
-
-def _json(text: str, where: str):
-    try:
-        return json.loads(text)
     except json.JSONDecodeError as error:
         raise ValueError(f"{where} is not JSON ({error}); write one JSON object a line") from error
+
+
+def fetch(hub: str, config: str | None, split: str, revision: str | None, copy: str) -> Iterable[dict]:
+    """Rows of a data set of Hugging Face. ValueError says in one line how to go on; `copy` is how to name a file."""
+    import datasets
+
+    datasets.disable_progress_bars()
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # a dozen lines about retries
+    try:
+        return datasets.load_dataset(hub, config, split=split, revision=revision)
+    except Exception as error:  # of the hub, the network, the cache, the file format: a dozen kinds, some of many lines
+        what, how = " ".join(str(error).split())[:300], "choose with --data-config, --data-split or --data-revision"
+        if isinstance(error, ConnectionError):
+            how = "is there a network?"
+        elif "gated" in what:
+            how = "ask for access on its page and log in with `hf auth login`"
+        raise ValueError(f"{hub} cannot be loaded ({what}): {how}; or fetch it elsewhere and give {copy}") from error
 
 
 def pick_column(row: dict, wanted: str | None, usual: tuple[str, ...], flag: str, path: str) -> str:
@@ -98,55 +179,217 @@ def pick_column(row: dict, wanted: str | None, usual: tuple[str, ...], flag: str
     )
 
 
+def select(rows: Iterable[dict], where: str, mixed: bool, difficulty, counts: Counter) -> Iterator[dict]:
+    """Maths only where subjects are `mixed`; of it pass rates within `difficulty`, ends included. Counts the others."""
+    kept = 0
+    for n, row in enumerate(rows, 1):
+        counts["rows"] += 1
+        if mixed:
+            kinds = row[pick_column(row, "dataset", (), "another --data", where)]
+            kinds, golds = (x if isinstance(x, list) else [x] for x in (kinds, row.get("ground_truth")))
+            if "math" not in kinds:
+                counts["not maths"] += 1
+                continue
+            if len(kinds) == len(golds):  # one gold for each verifier
+                row = row | {"ground_truth": golds[kinds.index("math")]}
+        if difficulty:
+            value = row[pick_column(row, "difficulty", (), "another --data, or leave out --difficulty", where)]
+            right, _, of = str(value).partition("/")
+            try:
+                rate = -1.0 if value is None else float(right) / float(of or 1)
+            except (ValueError, ZeroDivisionError) as error:
+                raise ValueError(f"{where} row {n}: difficulty {value!r} is no pass rate like 3/8 or 0.4") from error
+            if not difficulty[0] <= rate <= difficulty[1]:
+                counts["outside --difficulty"] += 1
+                continue
+        kept += 1
+        yield row
+    if counts["rows"] and not kept:
+        raise ValueError(f"{where}: no row is left: {describe(counts)}")
+
+
 def from_rows(
-    rows: list[dict], path: str, problem_column: str | None = None, answer_column: str | None = None
-) -> list[tuple[str | list[dict], str]]:
-    """(problem, answer) pairs of `rows`; ValueError names the row whose problem or answer is missing or empty."""
+    rows: Iterable[dict],
+    path: str,
+    problem_column: str | None = None,
+    answer_column: str | None = None,
+    usual: tuple[tuple[str, ...], tuple[str, ...]] = (PROBLEM_COLUMNS, ANSWER_COLUMNS),
+    left_out: Counter | None = None,
+) -> list[Pair]:
+    """(problem, answer) pairs. ValueError names the row whose problem or answer is missing or empty; with `left_out`,
+    for data that is not the user's own, it is left out and counted there, and wrappers are taken off."""
+    pairs: list[Pair] = []
+    problem = answer = ""
     for n, row in enumerate(rows, 1):
         if not isinstance(row, dict):
             raise ValueError(f"{path} row {n} is {type(row).__name__}, not an object with a problem and an answer")
-    if not rows:
+        problem = problem or pick_column(row, problem_column, usual[0], "--problem-column", path)
+        answer = answer or pick_column(row, answer_column, usual[1], "--answer-column", path)
+        text, gold = row.get(problem), final_answer(row.get(answer))
+        text = text if isinstance(text, list) else str("" if text is None else text)
+        text = text if left_out is None else unwrap(text)
+        empty = repr(answer) if not gold else repr(problem) if not text or not str(text).strip() else ""
+        if not empty:
+            pairs.append((text, gold))
+        elif left_out is None:
+            raise ValueError(
+                f"{path} row {n} has an empty {empty}; give every row a problem and an answer, or take it out"
+            )
+        else:
+            left_out["without problem or answer"] += 1
+    if not problem:
         raise ValueError(f"{path} has no rows; it needs at least as many as there are prompts in a step")
-    problem = pick_column(rows[0], problem_column, PROBLEM_COLUMNS, "--problem-column", path)
-    answer = pick_column(rows[0], answer_column, ANSWER_COLUMNS, "--answer-column", path)
-    pairs = []
-    for n, row in enumerate(rows, 1):
-        text, gold = row.get(problem), row.get(answer)
-        if gold is None or not str(gold).strip():
-            raise ValueError(f"{path} row {n} has an empty {answer!r}; give every row an answer, or take the row out")
-        if not text or (isinstance(text, str) and not text.strip()):
-            raise ValueError(f"{path} row {n} has an empty {problem!r}; give every row a problem, or take it out")
-        pairs.append((text if isinstance(text, list) else str(text), str(gold).strip()))
     return pairs
 
 
-def split(pairs: list, held_out: int, seed: int = 0) -> tuple[list, list]:
-    """Training pairs and `held_out` pairs for evaluation; a problem is never in both, duplicates included."""
-    groups: dict[str, list] = {}
-    for pair in pairs:
-        groups.setdefault(json.dumps(pair[0]), []).append(pair)
-    keys = list(groups)
-    random.Random(seed).shuffle(keys)
-    held, rest = [], set(keys)
-    for key in keys:
-        if len(held) >= held_out:
-            break
-        held.append(groups[key][0])
-        rest.discard(key)
-    return [pair for pair in pairs if json.dumps(pair[0]) in rest], held
+def final_answer(value) -> str:
+    r"""The last \boxed{}, or what follows the last ####, or all of it; "" where there is none. Of a list the first."""
+    value = value.get("ground_truth") if isinstance(value, dict) else value
+    value = (value or [None])[0] if isinstance(value, list) else value
+    text = "" if value is None else str(value).strip()
+    boxes = list(re.finditer(r"\\(?:boxed|fbox)(?:\s*\{|\s+([^\s{}$.]+))", text))
+    for box in reversed(boxes):
+        depth, end = 1, box.end()
+        while not box[1] and depth and end < len(text):
+            depth += {"{": 1, "}": -1}.get(text[end], 0)
+            end += 1
+        if box[1] or not depth:
+            return box[1] or text[box.end() : end - 1].strip()
+    _, mark, tail = text.rpartition("####")
+    if mark:
+        return tail.strip().replace(",", "")
+    return "" if boxes or len(text) > LONGEST_ANSWER else text
 
 
-def encode(pairs: list, tokenizer, max_tokens: int) -> tuple[list[Prompt], int]:
-    """Prompts with token ids, and how many were left out for being longer than `max_tokens` (never cut)."""
+def unwrap(problem: str | list[dict]) -> str | list[dict]:
+    """The bare problem. A single user message becomes text, so that `encode` adds its instruction."""
+    if isinstance(problem, list):
+        single = len(problem) == 1 and problem[0].get("role") == "user"
+        return unwrap(problem[0].get("content") or "") if single else problem
+    for pattern in WRAPPERS:
+        problem = pattern.sub("", problem)
+    return problem.strip()
+
+
+# ---------------------------------------------------------------- problems
+
+
+def load(
+    name: str, problem_column=None, answer_column=None, difficulty=None, config=None, split=None, revision=None
+) -> tuple[list[Pair], Counter]:
+    """Pairs of --data `name`, and what was counted on the way. ValueError or OSError in one line."""
+    known, _, copy = name.partition("=")
+    source = SOURCES.get(known) or next((s for s in SOURCES.values() if s.hub == known), None)
+    where = copy or (name if not source and (Path(name).exists() or Path(name).suffix in KINDS) else "")
+    counts: Counter = Counter()
+    if where:
+        if config or split or revision:
+            raise ValueError(f"--data-config, --data-split and --data-revision are for the hub, and {where} is a file")
+        rows = read_rows(where)
+    elif source or re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+        where, like = (source.hub, f"{known}=") if source else (name, "")
+        usual = source or Source(name, None, None)
+        copy = f"--data {like}FILE.parquet"
+        rows = fetch(where, config or usual.config, split or "train", revision or usual.revision, copy)
+    else:
+        raise ValueError(f"no data {name!r}: say {', '.join(SOURCES)}, OWNER/NAME of Hugging Face, or a file")
+    own = not source and not copy  # the user's file: what is wrong in it can be mended
+    usual = (source.problem, source.answer) if source else (PROBLEM_COLUMNS, ANSWER_COLUMNS)
+    if not own or difficulty:
+        rows = select(rows, where, bool(source and source.mixed), difficulty, counts)
+    pairs = from_rows(rows, where, problem_column, answer_column, usual, None if own else counts)
+    return pairs, counts or Counter({"rows": len(pairs)})
+
+
+def normal(problem: str | list[dict]) -> str:
+    """What is left when case, white space, wrappers, typesetting and punctuation do not count. Operators, brackets and
+    decimal points do: 3+4 and 3-4 are two problems."""
+    if isinstance(problem, list):
+        problem = " ".join(str(message.get("content")) for message in problem if message.get("role") != "system")
+    text = unicodedata.normalize("NFKC", unwrap(problem)).lower().replace("\u2212", "-").replace("\u2013", "-")
+    text = re.sub(r"\\(?:left|right|displaystyle|quad|qquad)(?![a-z])|\\[,;:!()\[\] ]", "", text)
+    text = re.sub(r"\\[dt]frac", "frac", text)
+    text = re.sub(r"(?<=[a-z]{2})-(?=[a-z]{2})|\.(?!\d)|[^\w+\-*/=<>^|%!.()\[\]]", "", text)
+    return text or str(problem)
+
+
+def prepare(name: str, evaluation: dict[str, list], **options) -> tuple[list[Pair], str]:
+    """Different problems of --data `name` that are not in `evaluation` (benchmark -> problems), and a line that says
+    what became of the others. `options` as of `load`."""
+    pairs, counts = load(name, **options)
+    places = {normal(problem): benchmark for benchmark, problems in evaluation.items() for problem in problems}
+    kept: dict[str, Pair] = {}
+    for problem, answer in pairs:
+        key = normal(problem)
+        if key in places:
+            counts[f"in {places[key]}"] += 1
+        elif key in kept:
+            counts["repeated"] += 1
+            counts["of these with another answer"] += kept[key][1] != answer
+        else:
+            kept[key] = problem, answer
+    if not kept:
+        raise ValueError(f"--data {name}: no problem is left: {describe(counts)}")
+    left = list(kept.values())
+    return left, f"data: {name}: {describe(counts)}; {len(left):,} problems, sha256 {fingerprint(left)[:16]}"
+
+
+def evaluation_problems(names: Iterable[str], load: Callable[[str], list]) -> tuple[dict[str, list], list[str]]:
+    """Benchmark -> problems, from `load`; and the benchmarks that cannot be had."""
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+    problems, missing, network = {}, [], True
+    for name in names:
+        try:
+            if network:  # else half a minute of retries each
+                problems[name] = load(name)
+        except (ValueError, OSError) as error:
+            network = not isinstance(error.__cause__, ConnectionError)
+        missing += [] if name in problems else [name]
+    return problems, missing
+
+
+def describe(counts: Counter) -> str:
+    return ", ".join(f"{number:,} {what}" for what, number in counts.items() if number)
+
+
+def fingerprint(pairs: Iterable[Pair]) -> str:
+    """sha256 over problems and answers."""
+    return hashlib.sha256(json.dumps([(problem, answer) for problem, answer in pairs]).encode()).hexdigest()
+
+
+def split(pairs: list[Pair], held_out: int, seed: int = 0) -> tuple[list[Pair], list[Pair]]:
+    """Training pairs, in their order, and `held_out` others for evaluation."""
+    held = set(random.Random(seed).sample(range(len(pairs)), held_out))
+    return [pair for i, pair in enumerate(pairs) if i not in held], [pairs[i] for i in sorted(held)]
+
+
+# ---------------------------------------------------------------- tokens
+
+
+def encode(pairs: list[Pair], tokenizer, max_tokens: int, thinking: bool | None = None) -> tuple[list[Prompt], int]:
+    """Prompts with token ids, and how many were left out for being longer than `max_tokens` (never cut).
+
+    With a chat template text is put to it with INSTRUCTION, unless it asks for a box itself; messages are put to it as
+    they are. Without one, text goes as it is. `thinking` is the template's enable_thinking; None: its own default.
+    """
+    template = str(tokenizer.chat_template or "")
+    if thinking is not None and "enable_thinking" not in template:
+        what = "chat template does not know enable_thinking" if template else "tokenizer has no chat template"
+        raise ValueError(f"--thinking cannot be set: the model's {what}; leave --thinking out")
+    options = {} if thinking is None else {"enable_thinking": thinking}
     prompts, skipped = [], 0
     for text, answer in pairs:
-        if tokenizer.chat_template:
-            messages = text if isinstance(text, list) else [{"role": "user", "content": text + INSTRUCTION}]
+        if template:
+            messages = text
+            if isinstance(text, str):
+                messages = [{"role": "user", "content": text + ("" if ASKS_FOR_BOX.search(text) else INSTRUCTION)}]
             # return_dict=False: transformers 5 returns a BatchEncoding otherwise, whose length is its number of keys
-            ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+            ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False, **options)
         else:
             text = text if isinstance(text, str) else "\n".join(message["content"] for message in text)
             ids = tokenizer(text)["input_ids"]
+        if len(ids) > 1 and ids[0] == ids[1] == tokenizer.bos_token_id:  # one in the text, one of the tokenizer
+            ids = ids[1:]
         if len(ids) > max_tokens:
             skipped += 1
             continue

@@ -162,15 +162,16 @@ def plan_work(sequences: list[Sequence], cfg, step: int, device) -> list[tuple]:
         micros = pack(rows, cfg.tokens_per_microbatch, device=device)
         most = int(over_ranks([len(micros)], dist.ReduceOp.MAX)[0])  # sharded models: all ranks go through together
         work.append((rows, weights[mine].to(device), micros + [empty_microbatch(device)] * (most - len(micros))))
-    return work
+    return work * cfg.epochs
 
 
 def update(model, optimizer, sequences: list[Sequence], cfg, step: int, reference=None) -> dict[str, float]:
-    """Trains on `sequences` (the same list on every rank): `cfg.minibatches` optimiser steps, each in micro-batches of
-    bounded size, the KL to `reference` included where there is one. Returns figures over all tokens of the step.
+    """Trains on `sequences` (the same list on every rank): `cfg.epochs` times `cfg.minibatches` optimiser steps, each
+    in micro-batches of bounded size, the KL to `reference` included where there is one. Returns figures over all
+    tokens.
 
-    pi_old is the policy before the first of these optimiser steps. With one minibatch it equals pi while the gradient
-    is taken, so that it costs no pass; with more it is computed once, before the first.
+    pi_old is the policy before the first of these optimiser steps. With a single one it equals pi while the gradient is
+    taken, so that it costs no pass; with more it is computed once, before the first.
     """
     model, reference = (m if m is None or isinstance(m, Scorer) else Scorer(m) for m in (model, reference))
     device = next(model.parameters()).device
@@ -182,7 +183,8 @@ def update(model, optimizer, sequences: list[Sequence], cfg, step: int, referenc
     model.train()
     if len(work) > 1:
         with torch.no_grad(), autocast:
-            old = {id(micro): model(micro, cfg.temperature)[0] for _, _, micros in work for micro in micros}
+            first_epoch = work[: len(work) // cfg.epochs]
+            old = {id(micro): model(micro, cfg.temperature)[0] for _, _, micros in first_epoch for micro in micros}
     for rows, weights, micros in work:
         for micro in micros:
             with autocast:

@@ -92,7 +92,7 @@ class Epochs(Saved):
         self.position = 0  # how far this epoch has come
         self.seen = np.zeros(num_prompts, bool)  # ever drawn
         self.out = np.zeros(num_prompts, np.int8)  # OUT: drawn, and the answers are not in yet
-        self.batches: list[dict] = []  # of the last few steps, the latest request at the end
+        self.batches: list[dict] = []  # of the last few steps, the one last asked for at the end
         self.chosen: dict[int, bool] = {}  # that batch: prompt, and whether the sampler brought it back
 
     @property
@@ -105,7 +105,8 @@ class Epochs(Saved):
         if not known and not 0 < n <= len(self.order):
             raise ValueError(f"{n} different prompts a step are asked for; there are {len(self.order)}")
         batch = known[0] if known else {"step": int(step), "asked": int(n), "chosen": {}}
-        self.batches = [*(other for other in self.batches if other is not batch), batch][-KEPT:]
+        others = sorted((other for other in self.batches if other is not batch), key=lambda other: other["step"])
+        self.batches = [*others, batch][-KEPT:]
         self.chosen = batch["chosen"]
         return min(n, len(self.order) - len(self.chosen))
 
@@ -140,7 +141,7 @@ class Epochs(Saved):
     def settle(self, indices) -> np.ndarray:
         """Answers to these prompts are in, or known to be lost. If none is IN_DOUBT, those that are have been lost."""
         x = np.asarray(indices, np.int64)
-        if not (self.out[x] == IN_DOUBT).any():
+        if len(x) and not (self.out[x] == IN_DOUBT).any():
             self.out[self.out == IN_DOUBT] = 0
         self.out[x] = 0
         return x

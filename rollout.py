@@ -18,6 +18,7 @@ import random
 
 import numpy as np
 import torch
+import torch.distributed as dist
 
 import ranks
 from buffer import Group
@@ -75,10 +76,7 @@ def load_model(path: str, gradient_checkpointing: bool = False):
 def make_groups(prompts: list[Prompt], n: int, step: int, tokens: list, logprobs: list, truncated: list) -> list[Group]:
     """Groups born at `step`, without rewards, of `n` answers to each prompt in turn."""
     rows = [slice(i * n, (i + 1) * n) for i in range(len(prompts))]
-    return [
-        Group(prompt=p.index, tokens=tokens[r], logprobs=logprobs[r], truncated=truncated[r], birth=step)
-        for p, r in zip(prompts, rows, strict=True)
-    ]
+    return [Group(p.index, tokens[r], logprobs[r], truncated[r], step) for p, r in zip(prompts, rows, strict=True)]
 
 
 class TransformersEngine:
@@ -98,15 +96,12 @@ class TransformersEngine:
     @torch.no_grad()
     def sync(self, model=None) -> float:
         """With several ranks the trainer's weights are in shards, and the engine has whole ones of its own."""
-        model = model.model if isinstance(model, Scorer) else model
-        if model is not None and model is not self.model:
+        if ranks.world() > 1:
             for mine, theirs in zip(self.model.parameters(), model.parameters(), strict=True):
                 mine.copy_(ranks.whole(theirs))
         return 0.0
 
-    def generate(
-        self, prompts: list[Prompt], n: int, seed: int, step: int, temperature: float | None = None
-    ) -> list[Group]:
+    def generate(self, prompts: list[Prompt], n: int, seed: int, step: int, temperature=None) -> list[Group]:
         """`n` answers to each prompt, as groups born at `step`, without rewards."""
         temperature = self.temperature if temperature is None else temperature
         at_once = max(self.batch_size // n, 1)
@@ -114,7 +109,7 @@ class TransformersEngine:
         for start in range(0, len(prompts), at_once):
             part = prompts[start : start + at_once]
             seeds = [request_seed(seed, step, prompt.index, i) for prompt in part for i in range(n)]
-            with torch.no_grad(), self.autocast:  # as in the update, so that both see the same log-probs
+            with torch.inference_mode(), self.autocast:  # as in the update, so that both see the same log-probs
                 tokens, logprobs, ends, finished = self._decode([p.ids for p in part], n, seeds, temperature)
             tokens, logprobs = (
                 [row[:end].clone() for row, end in zip(x, ends, strict=True)] for x in (tokens, logprobs)
@@ -177,9 +172,7 @@ SYNC_BOUND = {"float32": 0.05, "bfloat16": 1.0}
 
 
 class VLLMEngine:
-    """vLLM in the trainer's process, on a GPU or a CPU. Weights go over by reference, and in place.
-
-    model  the trainer's, whose weights are pushed before this returns; None: weights are read from `path`, for good
+    """vLLM in the trainer's process, on a GPU or a CPU. Without a model its weights stay those of `path`.
 
     A default process group stays behind where there was none. One engine at a time: when one is collected, it takes the
     communication groups of all others with it.
@@ -191,61 +184,58 @@ class VLLMEngine:
         cuda = torch.cuda.is_available()
         self.temperature, self.max_tokens, self.dtype = cfg.temperature, cfg.max_tokens, cfg.dtype
         self.sleeps, self.asleep = cuda and not cfg.keep_resident, False  # vLLM on a CPU does not know how to
-        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # before the import
+        os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_NO_USAGE_STATS": "1"}  # before the import
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-        os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
         if not cuda:
             os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # it would compile one small helper, with a C++ compiler
+        self.peers = dist.new_subgroups(cfg.tensor_parallel)[0] if cfg.tensor_parallel > 1 else None
         parallel = {"tensor_parallel_size": cfg.tensor_parallel, "distributed_executor_backend": "external_launcher"}
         with trainer_untouched():
             import vllm
 
             self.llm = vllm.LLM(
-                model=path,
-                # with "dummy" all weights come from the trainer: one that pushes do not reach is missed at once
-                load_format="auto" if model is None else "dummy",
-                dtype=cfg.dtype,
-                skip_tokenizer_init=True,  # token ids in and out
-                max_model_len=cfg.max_prompt_tokens + cfg.max_tokens,
-                max_num_seqs=cfg.rollout_batch,
-                gpu_memory_utilization=cfg.gpu_memory,
+                model=path, dtype=cfg.dtype, gpu_memory_utilization=cfg.gpu_memory, max_num_seqs=cfg.rollout_batch,
                 kv_cache_memory_bytes=int(cfg.kv_cache_gb * 2**30) or (None if cuda else 2**28),
+                max_model_len=cfg.max_prompt_tokens + cfg.max_tokens,
+                load_format="auto" if model is None else "dummy",  # a weight that no push reaches is missed at once
+                skip_tokenizer_init=True,  # token ids in and out
                 enable_prefix_caching=True,  # the answers of a group share its prompt
                 logprobs_mode="processed_logprobs",  # of the distribution sampled from, at its temperature
-                enable_sleep_mode=self.sleeps,
-                enforce_eager=cfg.enforce_eager or not cuda,
-                use_tqdm_on_load=False,
-                **(parallel if cfg.tensor_parallel > 1 else {}),
-            )
+                enable_sleep_mode=self.sleeps, enforce_eager=cfg.enforce_eager or not cuda, use_tqdm_on_load=False,
+                **(parallel if ranks.world() > 1 else {}),
+            )  # fmt: skip
         # log-probs of the sampled token alone; the ids that end an answer are these and no others
         self.sampling = {"logprobs": 0, "flat_logprobs": True, "detokenize": False}
         self.sampling |= {"stop_token_ids": sorted(stop_ids), "ignore_eos": True}
         if model is not None:
             # ids of the lower half: the upper end may be padding, which no tokenizer knows and no training touched
             half = model.config.get_text_config().vocab_size // 2
-            ids = torch.randint(half, (PROBES, 4), generator=torch.Generator().manual_seed(0)).tolist()
-            self.probes = [Prompt(i, "", "", tuple(row)[: cfg.max_prompt_tokens]) for i, row in enumerate(ids)]
+            ids = [tuple((4 * i + j) % half for j in range(min(4, cfg.max_prompt_tokens))) for i in range(PROBES)]
+            self.probes = [Prompt(i, "", "", row) for i, row in enumerate(ids)]
             self.sync(model)
 
-    def generate(
-        self, prompts: list[Prompt], n: int, seed: int, step: int, temperature: float | None = None, max_tokens: int = 0
-    ) -> list[Group]:
-        """`n` answers to each prompt, as groups born at `step`, without rewards."""
+    def generate(self, prompts: list[Prompt], n: int, seed: int, step: int, temperature=None, limit=0) -> list[Group]:
+        """`n` answers to each prompt, as groups born at `step`, without rewards. limit: other than `max_tokens`."""
         from vllm import SamplingParams
 
         if self.asleep:
             raise RuntimeError("the engine is asleep and would wait for ever: call sync first")
-        temperature = self.temperature if temperature is None else temperature
+        temperature, parts, place = self.temperature if temperature is None else temperature, [prompts], 0
+        if self.peers:  # ranks that share an engine ask for the prompts of all of them, and keep what answers their own
+            parts, place = [None] * self.peers.size(), self.peers.rank()
+            dist.all_gather_object(parts, prompts, self.peers)
+        first, own, prompts = sum(map(len, parts[:place])), len(prompts), sum(parts, [])
         # one request for each answer, because a seed belongs to a request; they share the prompt in the prefix cache
         seeds = [request_seed(seed, step, prompt.index, i) for prompt in prompts for i in range(n)]
         requests = [{"prompt_token_ids": list(prompt.ids)} for prompt in prompts for _ in range(n)]
-        how = self.sampling | {"temperature": temperature, "max_tokens": max_tokens or self.max_tokens}
+        how = self.sampling | {"temperature": temperature, "max_tokens": limit or self.max_tokens}
         params = [SamplingParams(seed=s, **how) for s in seeds]
         with trainer_untouched():
             answers = [out.outputs[0] for out in self.llm.generate(requests, params, use_tqdm=False)]
         tokens = [torch.tensor(answer.token_ids, dtype=torch.int32) for answer in answers]
         logprobs = [torch.tensor(answer.logprobs.logprobs, dtype=torch.float32) for answer in answers]
-        return make_groups(prompts, n, step, tokens, logprobs, [answer.finish_reason != "stop" for answer in answers])
+        truncated = [answer.finish_reason != "stop" for answer in answers]
+        return make_groups(prompts, n, step, tokens, logprobs, truncated)[first : first + own]
 
     def sleep(self) -> None:
         """Frees the KV cache, and the weights too: `sync` brings all of them anyway."""
@@ -270,7 +260,7 @@ class VLLMEngine:
         error = self._difference(model)
         if not error <= SYNC_BOUND[self.dtype]:  # NaN too
             raise RuntimeError(
-                f"vLLM does not follow the trainer: after a sync their log-probs of the same tokens differ by {error:.3g} "
+                f"vLLM does not follow the trainer: after a sync, log-probs of the same tokens differ by {error:.3g} "
                 f"(rounding: at most {SYNC_BOUND[self.dtype]:g}); use another version of vLLM, or --engine transformers"
             )
         return error
@@ -287,8 +277,7 @@ class VLLMEngine:
     def _difference(self, model: Scorer) -> float:
         """Over answers to fixed prompts with fixed seeds. Not over fixed answers: they grow unlikely as the policy
         changes, and rounding weighs three times as much on unlikely tokens."""
-        length = min(PROBE_TOKENS, self.max_tokens)
-        groups = self.generate(self.probes, 1, seed=0, step=0, temperature=1.0, max_tokens=length)
+        groups = self.generate(self.probes, 1, 0, 0, temperature=1.0, limit=min(PROBE_TOKENS, self.max_tokens))
         pairs = zip(self.probes, groups, strict=True)
         answers = [Sequence(probe.ids, group.tokens[0], group.logprobs[0], 0.0, 0) for probe, group in pairs]
         device = next(model.parameters()).device
@@ -338,15 +327,14 @@ def make_engine(kind: str, model, model_path: str, stop_ids, cfg) -> Transformer
         why = "no CUDA GPU here" if not gpu else "CUDA GPU and vLLM are here" if installed else "vLLM is not installed"
     if kind == "vllm" and not installed:
         raise ValueError("vLLM is not installed: pip install -r requirements.txt, or use --engine transformers")
-    if kind == "vllm" and cfg.tensor_parallel > int(os.environ.get("WORLD_SIZE", 1)):
-        raise ValueError(f"--tensor-parallel {cfg.tensor_parallel} needs so many processes: start the run by torchrun")
+    if kind == "vllm" and ranks.world() % cfg.tensor_parallel:
+        raise ValueError(
+            f"--tensor-parallel {cfg.tensor_parallel} does not divide the {ranks.world()} ranks of torchrun"
+        )
     config = (AutoConfig.from_pretrained(model_path) if model is None else model.config).get_text_config()
     context, wanted = getattr(config, "max_position_embeddings", None), cfg.max_prompt_tokens + cfg.max_tokens
     if context and wanted > context:
-        raise ValueError(
-            f"--max-prompt-tokens {cfg.max_prompt_tokens} and --max-tokens {cfg.max_tokens} make {wanted} tokens, and "
-            f"{model_path} has a context of {context}; lower one of them"
-        )
+        raise ValueError(f"{model_path} has a context of {context}: --max-prompt-tokens and --max-tokens make {wanted}")
     if ranks.is_main():
         print(f"engine: {kind} ({why})")
     if kind == "transformers":
@@ -356,6 +344,6 @@ def make_engine(kind: str, model, model_path: str, stop_ids, cfg) -> Transformer
         return VLLMEngine(model, model_path, stop_ids, cfg)
     except (ImportError, KeyError, ValueError, RuntimeError) as error:
         raise ValueError(
-            f"vLLM cannot run {model_path}: {' '.join(str(error).split())[:400]} ({type(error).__name__}). Is memory "
+            f"vLLM cannot run {model_path}: {' '.join(str(error).split())[:400]} ({type(error).__name__}). If memory is "
             "short, set --kv-cache-gb or lower --gpu-memory; else use --engine transformers"
         ) from error

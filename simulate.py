@@ -42,7 +42,7 @@ RULES = {
     "cautious": partial(PromptReplay, band=(1e-6, 0.25), share=0.5, cooldown=5, max_reuse=5),
 }
 VISITS, SHARINGS = (0.04, 0.14, 0.4, 1.4, 4.0), (0.0, 0.5, 0.9, 0.975)  # of the map
-RARE, SOLVED, HELD_OUT, POINTS = 0.03, 0.97, 500, 100
+RARE, SOLVED, HELD_OUT, POINTS, FEATURES = 0.03, 0.97, 500, 100, 16
 MOMENTUM, MEMORY = 0.9, 0.95  # of --optimizer adam
 
 
@@ -53,6 +53,7 @@ class Setting:
     visit: float = 0.14
     sharing: float = 0.0
     difficulty: float = 0.5
+    interference: float = 0.0
     skills: int = 2  # of a prompt, K
     prompts: int = 1000  # in the data set, N
     prompts_per_step: int = 16  # P
@@ -61,8 +62,8 @@ class Setting:
     optimizer: str = "sgd"
 
     def __post_init__(self):
-        for name, value in (("sharing", self.sharing), ("difficulty", self.difficulty)):
-            if not 0 <= value < 1:
+        for name, value in dataclasses.asdict(self).items():
+            if name in ("sharing", "difficulty", "interference") and not 0 <= value < 1:
                 raise ValueError(f"--{name} must be at least 0 and below 1, got {value}")
         for name, least in {"skills": 1, "prompts": 1, "prompts_per_step": 1, "answers": 2, "steps": 2}.items():
             if getattr(self, name) < least:
@@ -119,6 +120,10 @@ class Policy:
         self.rows = np.arange(len(seeds))[:, None]  # [S, 1]
         # at pass rate one half the expected gradient is p (1 - p) (1 - 1/G); the sum over prompts is not divided by P
         self.rate = setting.visit * 4 / (1 - 1 / setting.answers)
+        self.mix, shape = setting.interference, (*self.theta.shape, FEATURES)
+        if self.mix:
+            features = np.stack([np.random.default_rng([seed, 2]).standard_normal(shape[1:]) for seed in seeds])
+            self.features = features / np.linalg.norm(features, axis=2, keepdims=True)  # [S, F, features]
         self.answers, self.adam = setting.answers, setting.optimizer == "adam"
         if self.adam:
             # one scale for all logits, as for a network's shared weights; 1 at the start under uniform sampling
@@ -139,6 +144,9 @@ class Policy:
         correct, gradient, skills = self.answer(chosen)
         total = np.zeros_like(self.theta)
         np.add.at(total, (self.rows[:, :, None], skills), gradient)
+        if self.mix:
+            along = np.einsum("sf,sfd->sd", total, self.features)
+            total = (1 - self.mix) * total + self.mix * np.einsum("sd,sfd->sf", along, self.features)
         if self.adam:
             self.square = MEMORY * self.square + (1 - MEMORY) * ((total**2).sum(1) + 1e-12)
             self.momentum = MOMENTUM * self.momentum + (1 - MOMENTUM) * total
@@ -167,7 +175,7 @@ def run(setting: Setting, rule, seeds: list[int], salt: int = 0) -> dict[str, np
         correct = policy.step(chosen)
         for sampler, prompts, right in zip(samplers, chosen, correct, strict=True):
             sampler.observe(prompts, right, np.full(len(prompts), g), step)
-        back = np.array([[x in s.epochs.replays for x in row] for s, row in zip(samplers, chosen.tolist(), strict=True)])
+        back = np.array([np.isin(row, list(s.epochs.replays)) for s, row in zip(samplers, chosen, strict=True)])
         change = correct / g - last[policy.rows, chosen]
         last[policy.rows, chosen] = correct / g
         for kind in (0, 1):
@@ -191,7 +199,8 @@ def run(setting: Setting, rule, seeds: list[int], salt: int = 0) -> dict[str, np
 def rollouts_to(level: float, curve: np.ndarray, cost: np.ndarray) -> np.ndarray:
     """Rollouts after which each seed's accuracy [S, points] first reaches `level`, between points by a straight line;
     infinite for seeds that never do."""
-    above = curve >= level
+    level = np.broadcast_to(level, (len(curve), 1))[:, 0]
+    above = curve >= level[:, None]
     at = above.argmax(1)
     rows, before = np.arange(len(curve)), np.maximum(at - 1, 0)
     rise = curve[rows, at] - curve[rows, before]

@@ -10,6 +10,7 @@ quantile: near 0 and 1 the plain t interval covers too little. Two models are co
 import json
 import math
 from collections import Counter
+from functools import cache
 from statistics import fmean, stdev
 
 POWER = 1.96 + 0.84  # standard errors that a difference must have to be seen (p < 0.05) with a chance of 80 %
@@ -29,6 +30,7 @@ def t_within(t: float, df: int) -> float:
     return math.sin(theta) * total
 
 
+@cache
 def t_quantile(df: int) -> float:
     """The t with P(|T| <= t) = 0.95."""
     low, high = 0.0, 20.0  # 12.7 for one degree of freedom, and less for more

@@ -309,16 +309,17 @@ def train(run: Run) -> int:
         start = {}
         row |= {f"seconds_{name}": value for name, value in seconds.items()}
         row |= {"seconds_total": sum(seconds.values()), "peak_memory_mb": log.peak_memory_mb()}
-        if evaluates and (step % cfg.eval_every == 0 or step == cfg.steps):
+        last = step == cfg.steps or 0 < cfg.max_rollouts <= run.rollouts
+        if evaluates and (step % cfg.eval_every == 0 or last):
             row["eval_accuracy"] = evaluate(run)
         if ranks.is_main():
             log.append(run.folder / "metrics.jsonl", [row])
             if "eval_accuracy" in row:
                 log.append(run.folder / "samples.jsonl", samples(run, ranks.share(groups), texts, step))
             progress.write(log.line(row))
-        if stop.agreed() or step % cfg.save_every == 0 or step == cfg.steps:
+        if stop.agreed() or step % cfg.save_every == 0 or last:
             checkpoint.save(run)
-        if stop.signal:
+        if stop.signal or last:
             break
     return stop.signal
 

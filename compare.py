@@ -1,0 +1,264 @@
+"""Does a method beat plain GRPO, and by how much? Methods x matched seeds on one budget of rollouts.
+
+    python compare.py --methods none prompt rollout group --seeds 12 --budget-rollouts 40000
+    python compare.py --arms "fifo: --replay rollout --priority-exponent 0" --methods none --seeds 12
+    python compare.py --methods none prompt --seeds 12 -- --lr 1e-4 --share 0.5     after --: flags for every run
+    python compare.py out/run1 out/run2 ...                                         runs that are there already
+
+Runs of one seed share initial model, prompt order, sampling noise of equal answers, and evaluation. The first method is
+the baseline. Everything is read from the runs' config.json and metrics.jsonl; a finished run is not run again.
+
+Accuracy at a cost is the mean of the last three evaluations up to it. Differences are paired by seed, with Student's t
+intervals; p values are Holm-corrected over the methods of a table. Writes table.md, results.json and comparison.png.
+"""
+
+import argparse
+import json
+import math
+import os
+import shlex
+import subprocess
+import sys
+import time
+from pathlib import Path
+from statistics import fmean, stdev
+
+from tqdm import tqdm
+
+import plot
+import stats
+
+HERE = Path(__file__).parent
+COSTS = {"rollouts": "rollouts", "tokens": "sampled tokens", "optimizer_steps": "optimiser steps", "seconds": "seconds"}
+LEVELS = (0.4, 0.5, 0.6, 0.7)
+SMOOTH = 3
+
+
+# ---------------------------------------------------------------- curves
+
+
+def read_run(folder: Path) -> dict:
+    """One run as cumulative costs and held-out accuracy at its evaluations, and the means of its health figures."""
+    config = json.loads((folder / "config.json").read_text())
+    rows = plot.read(folder / "metrics.jsonl")
+    seconds = steps = 0.0
+    points = [{"accuracy": rows[0].get("eval_accuracy_start"), **dict.fromkeys(COSTS, 0.0)}]
+    for row in rows:
+        seconds, steps = seconds + row["seconds_total"], steps + row["optimizer_steps"]
+        if "eval_accuracy" in row:
+            costs = {"rollouts": row["rollouts"], "tokens": row["tokens"], "optimizer_steps": steps, "seconds": seconds}
+            points.append({"accuracy": row["eval_accuracy"], **costs})
+    health = {name: fmean(row[name] for row in rows) for name in ("zero_variance", "mean_abs_advantage", "replayed")}
+    health["distinct_prompts"] = rows[-1]["distinct_prompts"]
+    points = [point for point in points if point["accuracy"] is not None]
+    if len(points) < 2:
+        raise ValueError(f"{folder} has no evaluations to compare; run it with --eval-every above 0")
+    return {"method": config["replay"], "seed": config["seed"], "points": points, "health": health}
+
+
+def smooth(points: list[dict]) -> list[float]:
+    values = [point["accuracy"] for point in points]
+    return [fmean(values[max(0, i - SMOOTH + 1) : i + 1]) for i in range(len(values))]
+
+
+def accuracy_at(run: dict, cost: str, budget: float) -> float:
+    """Smoothed accuracy at the last evaluation that the budget pays for."""
+    return [a for a, p in zip(smooth(run["points"]), run["points"], strict=True) if p[cost] <= budget * (1 + 1e-9)][-1]
+
+
+def area(run: dict, cost: str, budget: float) -> float:
+    """Mean accuracy on the way to the budget."""
+    places = [budget * i / 100 for i in range(101)]
+    return fmean(accuracy_at(run, cost, place) for place in places)
+
+
+def cost_to_reach(run: dict, level: float, cost: str = "rollouts") -> float | None:
+    """Cost at which the smoothed accuracy first reaches `level`, between evaluations by a straight line."""
+    values, points = smooth(run["points"]), run["points"]
+    for i, value in enumerate(values):
+        if value >= level:
+            if i == 0:
+                return points[0][cost]
+            part = (level - values[i - 1]) / (value - values[i - 1])
+            return points[i - 1][cost] + part * (points[i][cost] - points[i - 1][cost])
+    return None
+
+
+# ---------------------------------------------------------------- statistics
+
+
+def paired(values: list[float]) -> dict:
+    """Mean of paired differences with its 95 % interval and two-sided p value (Student's t)."""
+    n, mean = len(values), fmean(values)
+    if n < 2 or not (se := stdev(values) / math.sqrt(n)):
+        return {"n": n, "mean": mean, "low": mean, "high": mean, "p": 1.0 if mean == 0 or n < 2 else 0.0}
+    half = stats.t_quantile(n - 1) * se
+    p = 1 - stats.t_within(abs(mean) / se, n - 1)
+    return {"n": n, "mean": mean, "low": mean - half, "high": mean + half, "p": p}
+
+
+def holm(p_values: list[float]) -> list[float]:
+    """Holm's step-down correction: corrected p values in the order given."""
+    corrected, most = [0.0] * len(p_values), 0.0
+    for rank, i in enumerate(sorted(range(len(p_values)), key=lambda i: p_values[i])):
+        most = max(most, min(1.0, (len(p_values) - rank) * p_values[i]))
+        corrected[i] = most
+    return corrected
+
+
+def analyse(runs: list[dict], methods: list[str]) -> dict:
+    """Every figure of the table. `runs` of `methods`, the first of which is the baseline, paired by seed."""
+    by = {method: {run["seed"]: run for run in runs if run["method"] == method} for method in methods}
+    budgets = {cost: min(run["points"][-1][cost] for run in runs) for cost in COSTS}
+    base, result = by[methods[0]], {"baseline": methods[0], "budgets": budgets, "methods": {}}
+    for method, arm in by.items():
+        seeds = sorted(base.keys() & arm.keys())
+        entry = {"seeds": len(seeds), "accuracy": {}, "difference": {}, "area": {}, "reach": {}}
+        for cost, budget in budgets.items():
+            entry["accuracy"][cost] = fmean(accuracy_at(arm[s], cost, budget) for s in seeds)
+            if method != methods[0]:
+                entry["difference"][cost] = paired(
+                    [accuracy_at(arm[s], cost, budget) - accuracy_at(base[s], cost, budget) for s in seeds]
+                )
+                entry["area"][cost] = paired([area(arm[s], cost, budget) - area(base[s], cost, budget) for s in seeds])
+        for level in LEVELS:
+            pairs = [(cost_to_reach(base[s], level), cost_to_reach(arm[s], level)) for s in seeds]
+            logs = [math.log(b / a) for a, b in pairs if a and b]
+            entry["reach"][str(level)] = paired(logs) | {"both": len(logs)} if logs else {"both": 0}
+        entry["health"] = {
+            name: fmean(arm[s]["health"][name] for s in seeds) for name in next(iter(arm.values()))["health"]
+        }
+        result["methods"][method] = entry
+    for table in ("difference", "area"):
+        for cost in COSTS:
+            tests = [entry[table][cost] for entry in result["methods"].values() if cost in entry[table]]
+            for test, p in zip(tests, holm([test["p"] for test in tests]), strict=True):
+                test["p_holm"] = p
+    return result
+
+
+def points_of(test: dict) -> str:
+    """A difference in points of per cent with interval; a star where Holm's p is below 0.05."""
+    star = "*" if test.get("p_holm", 1) < 0.05 else ""
+    return f"{100 * test['mean']:+.1f} ({100 * test['low']:+.1f} to {100 * test['high']:+.1f}){star}"
+
+
+def table(result: dict) -> str:
+    """Markdown."""
+    base, budgets = result["baseline"], result["budgets"]
+    lines = [
+        f"Held-out accuracy in points against {base}, paired by seed, 95 % intervals, * Holm-corrected p < 0.05. "
+        + "At equal "
+        + ", ".join(f"{COSTS[cost]} ({budget:,.0f})" for cost, budget in budgets.items())
+        + ".",
+        "",
+        "| method | seeds | accuracy | "
+        + " | ".join(f"at equal {name}" for name in COSTS.values())
+        + " | mean on the way |",
+        "|---" * (len(COSTS) + 4) + "|",
+    ]
+    for method, entry in result["methods"].items():
+        cells = [points_of(entry["difference"][cost]) if entry["difference"] else "" for cost in COSTS]
+        cells.append(points_of(entry["area"]["rollouts"]) if entry["area"] else "")
+        accuracy = f"{100 * entry['accuracy']['rollouts']:.1f}"
+        lines.append(f"| {method} | {entry['seeds']} | {accuracy} | " + " | ".join(cells) + " |")
+    levels = [x for x in LEVELS if any(e["reach"][str(x)]["both"] > 1 for e in result["methods"].values())]
+    lines += [
+        "",
+        f"Rollouts to reach an accuracy, relative to {base} (pairs that both reached it), and health figures:",
+        "",
+    ]
+    lines += [
+        "| method | " + " | ".join(f"{x:.0%}" for x in levels) + " | dead groups | mean abs adv | distinct prompts |"
+    ]
+    lines += ["|---" * (len(levels) + 4) + "|"]
+    for method, entry in result["methods"].items():
+        cells = []
+        for level in levels:
+            reach, text = entry["reach"][str(level)], ""
+            if method != base and reach["both"] > 1:
+                low, mean, high = (100 * math.expm1(reach[k]) for k in ("low", "mean", "high"))
+                text = f"{mean:+.0f}% ({low:+.0f} to {high:+.0f}; {reach['both']})"
+            cells.append(text)
+        health = entry["health"]
+        cells += [f"{health['zero_variance']:.3f}", f"{health['mean_abs_advantage']:.3f}"]
+        lines.append(f"| {method} | " + " | ".join(cells) + f" | {health['distinct_prompts']:.0f} |")
+    return "\n".join(lines)
+
+
+# ---------------------------------------------------------------- running
+
+
+def finished(folder: Path) -> bool:
+    return (folder / "curves.png").exists()
+
+
+def run_all(jobs: list[tuple[Path, list[str]]], at_once: int) -> None:
+    """Trains what is not there yet, `at_once` side by side, one thread each. A failure ends the comparison."""
+    waiting, running = [job for job in jobs if not finished(job[0])], {}
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    with tqdm(total=len(jobs), initial=len(jobs) - len(waiting), unit="run", disable=None) as progress:
+        try:
+            while waiting or running:
+                while waiting and len(running) < at_once:
+                    folder, flags = waiting.pop(0)
+                    folder.mkdir(parents=True, exist_ok=True)
+                    resume = ["--resume"] if any(folder.glob("checkpoints/step-*/state.pt")) else []
+                    if not resume:
+                        (folder / "metrics.jsonl").unlink(missing_ok=True)
+                    log = open(folder / "log.txt", "w")  # noqa: SIM115 (the process keeps it)
+                    command = [sys.executable, "train.py", "--out", str(folder), *flags, *resume]
+                    running[folder] = subprocess.Popen(command, cwd=HERE, stdout=log, stderr=log, env=environment)
+                time.sleep(0.2)
+                for folder, process in list(running.items()):
+                    if process.poll() is not None:
+                        del running[folder]
+                        progress.update()
+                        if process.returncode:
+                            last = (folder / "log.txt").read_text().strip().splitlines()[-1:]
+                            raise ValueError(f"the run in {folder} failed: {' '.join(last)}")
+        finally:
+            for process in running.values():
+                process.terminate()
+
+
+def main(argv: list[str]) -> int:
+    argv, extra = (argv[: argv.index("--")], argv[argv.index("--") + 1 :]) if "--" in argv else (argv, [])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", nargs="*", help="folders of runs to compare; without them --methods are run")
+    parser.add_argument("--methods", nargs="+", default=[], help="values of --replay; the first is the baseline")
+    parser.add_argument("--arms", nargs="+", default=[], help="further methods as 'NAME: flags of train.py'")
+    parser.add_argument("--seeds", type=int, default=12, help="matched seeds, 0 up (%(default)s)")
+    parser.add_argument("--budget-rollouts", type=int, default=40_000, help="answers a run may generate (%(default)s)")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs side by side (%(default)s)")
+    parser.add_argument("--out", default=str(HERE / "out" / "compare"), help="folder of runs and results (%(default)s)")
+    args = parser.parse_args(argv)
+    out = Path(args.out)
+    arms = {method: ["--replay", method] for method in args.methods}
+    arms |= {name.strip(): shlex.split(flags) for name, _, flags in (arm.partition(":") for arm in args.arms)}
+    try:
+        if bool(args.runs) == bool(arms):
+            raise ValueError("give folders of runs, or --methods (and --arms) to run")
+        if args.runs:
+            runs = [read_run(Path(folder)) for folder in args.runs]
+        else:
+            base = ["--steps", "1000000", "--max-rollouts", str(args.budget_rollouts), "--save-every", "100", *extra]
+            folders = {(m, s): out / f"{m}-s{s}" for s in range(args.seeds) for m in arms}
+            run_all([(f, [*base, *arms[m], "--seed", str(s)]) for (m, s), f in folders.items()], args.jobs)
+            runs = [read_run(folder) | {"method": m} for (m, _), folder in folders.items()]
+        methods = list(arms) or list(dict.fromkeys(run["method"] for run in runs))
+        result = analyse(runs, methods)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    out.mkdir(parents=True, exist_ok=True)
+    result["command"] = "python compare.py " + shlex.join(sys.argv[1:])
+    (out / "results.json").write_text(json.dumps(result, indent=1) + "\n")
+    (out / "table.md").write_text(table(result) + "\n")
+    print(table(result))
+    print(f"results: {out / 'results.json'}, figure: {plot.comparison(runs, methods, out / 'comparison.png')}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,194 @@
+"""Several ranks on a CPU over gloo: the same numbers as one rank, resume on another number of ranks, and no hanging."""
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file
+
+import plot
+import ranks
+import tiny
+import train
+
+FLAGS = [
+    "--prompts-per-step",
+    "6",
+    "--answers-per-prompt",
+    "4",
+    "--eval-prompts",
+    "10",
+    "--eval-every",
+    "5",
+    "--cooldown",
+    "2",
+    "--replay-warmup",
+    "2",
+    "--save-every",
+    "5",
+    "--replay",
+    "prompt+group+rollout",
+]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def embedded_model():
+    tiny.make(train.HERE / "out" / "tiny-model")
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def start(out, *flags: str, processes: int = 2, torchrun: tuple[str, ...] = ()) -> subprocess.Popen:
+    launcher = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={processes}"]
+    if not torchrun:
+        launcher += [f"--master-port={free_port()}"]
+    return subprocess.Popen(
+        [*launcher, *torchrun, "train.py", *FLAGS, "--out", str(out), *flags],
+        cwd=train.HERE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+
+
+def finish(*processes: subprocess.Popen) -> str:
+    outputs = [process.communicate(timeout=300)[0] for process in processes]
+    assert all(process.returncode == 0 for process in processes), "\n".join(outputs)
+    return outputs[0]
+
+
+def assert_same_run(first, second, tolerance=2e-4) -> None:
+    """All figures but times and memory, to rounding, and the weights."""
+    one, two = plot.read(first / "metrics.jsonl"), plot.read(second / "metrics.jsonl")
+    assert len(one) == len(two) > 0
+    for a, b in zip(one, two, strict=True):
+        for name in a.keys() | b.keys():
+            if not name.startswith(("seconds_", "peak_", "reward_", "sync_error")):
+                assert a[name] == pytest.approx(b[name], rel=tolerance, abs=1e-5), (a["step"], name)
+    weights, others = (load_file(f / "model" / "model.safetensors") for f in (first, second))
+    for name in weights:
+        torch.testing.assert_close(weights[name], others[name], rtol=1e-3, atol=2e-4)
+
+
+@pytest.fixture(scope="module")
+def one_rank(tmp_path_factory):
+    out = tmp_path_factory.mktemp("ranks") / "one"
+    assert train.main([*FLAGS, "--steps", "10", "--minibatches", "2", "--out", str(out)]) == 0
+    return out
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [2, 3])
+def test_several_ranks_give_the_numbers_of_one(one_rank, tmp_path, processes):
+    flags = ["--steps", "10", "--minibatches", "2"]
+    text = finish(start(tmp_path / "many", *flags, processes=processes))
+    assert_same_run(one_rank, tmp_path / "many")
+    assert len(re.findall(r"^step +7 ", text, re.M)) == 1  # one rank speaks
+
+
+@pytest.mark.slow
+def test_micro_batches_do_not_change_the_numbers(one_rank, tmp_path):
+    out = tmp_path / "small"
+    flags = ["--steps", "10", "--minibatches", "2", "--tokens-per-microbatch", "60"]
+    assert train.main([*FLAGS, *flags, "--out", str(out)]) == 0
+    assert_same_run(one_rank, out)
+
+
+@pytest.mark.slow
+def test_two_nodes_of_one_rank(one_rank, tmp_path):
+    port = free_port()
+    where = ("--nnodes=2", "--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{port}", "--rdzv-id=test")
+    flags = ["--steps", "10", "--minibatches", "2"]
+    nodes = [start(tmp_path / "nodes", *flags, processes=1, torchrun=where) for _ in range(2)]
+    finish(*nodes)
+    assert_same_run(one_rank, tmp_path / "nodes")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2)])
+def test_resume_on_another_number_of_ranks(one_rank, tmp_path, before, after):
+    out, flags = tmp_path / "run", ["--minibatches", "2"]
+    finish(start(out, *flags, "--steps", "5", processes=before))
+    finish(start(out, *flags, "--steps", "10", "--resume", processes=after))
+    assert_same_run(one_rank, out)
+
+
+def wait_for_steps(out, count: int) -> None:
+    deadline = time.monotonic() + 120
+    while not (out / "metrics.jsonl").exists() or (out / "metrics.jsonl").read_text().count("\n") < count:
+        assert time.monotonic() < deadline, "the run did not get that far in two minutes"
+        time.sleep(0.05)
+
+
+@pytest.mark.slow
+def test_a_rank_that_dies_takes_the_job_down_within_a_minute(tmp_path):
+    process = start(tmp_path / "run", "--steps", "100000", "--eval-every", "0")
+    wait_for_steps(tmp_path / "run", 3)
+    children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
+    workers = [int(pid) for pid in children if b"train.py" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+    os.kill(max(workers), signal.SIGKILL)
+    text, _ = process.communicate(timeout=60)
+    assert process.returncode != 0 and "exitcode" in text and "Signal 9" in text
+
+
+@pytest.mark.slow
+def test_a_signal_stops_all_ranks_after_the_same_step(tmp_path):
+    process = start(tmp_path / "run", "--steps", "100000", "--eval-every", "0", "--save-every", "100000")
+    wait_for_steps(tmp_path / "run", 3)
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=60)
+    rows = plot.read(tmp_path / "run" / "metrics.jsonl")
+    finish(start(tmp_path / "run", "--steps", str(len(rows) + 2), "--eval-every", "0", "--resume"))
+    assert [row["step"] for row in plot.read(tmp_path / "run" / "metrics.jsonl")] == list(range(1, len(rows) + 3))
+
+
+def test_bad_input_is_said_once_and_ends_every_rank(tmp_path):
+    process = start(tmp_path / "run", "--share", "2")
+    text, _ = process.communicate(timeout=120)
+    assert process.returncode != 0 and len(re.findall("^error: .*share", text, re.M)) == 1
+
+
+# ---------------------------------------------------------------- the parts, in processes of their own
+
+
+def parts_in_one_process(rank: int, world: int, port: int, out: str) -> None:
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": str(rank), "WORLD_SIZE": str(world)}
+    ranks.start()
+    items = list(range(7))
+    result = {
+        "share": ranks.share(items),
+        "gathered": ranks.gather([x * 10 for x in ranks.share(items)]),
+        "few": ranks.gather(ranks.share([5])),
+        "none": ranks.gather([]),
+        "main": ranks.from_main(f"rank {rank}"),
+        "total": ranks.total([rank + 1.0, 0.5]),
+        "largest": ranks.largest(rank),
+    }
+    with open(f"{out}/{rank}.json", "w") as file:
+        json.dump(result, file)
+    dist.destroy_process_group()
+
+
+def test_ranks_share_gather_and_agree(tmp_path):
+    torch.multiprocessing.spawn(parts_in_one_process, (3, free_port(), str(tmp_path)), nprocs=3)
+    results = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(3)]
+    assert [r["share"] for r in results] == [[0, 3, 6], [1, 4], [2, 5]]
+    for r in results:
+        assert r["gathered"] == [0, 10, 20, 30, 40, 50, 60] and r["few"] == [5] and r["none"] == []
+        assert r["main"] == "rank 0" and r["total"] == [6.0, 1.5] and r["largest"] == 2
+
+
+def test_one_process_is_its_own_whole():
+    assert ranks.share([1, 2]) == ranks.gather([1, 2]) == [1, 2]
+    assert ranks.total([2.0]) == [2.0] and ranks.largest(3) == 3 and ranks.from_main("x") == "x" and ranks.is_main()

@@ -1,0 +1,257 @@
+"""The rule of reward.py, number by number, and what hostile answers may do to it: nothing."""
+
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+
+import reward
+
+ALL = ("graded", "no_box", "too_long", "timeouts", "kills", "failed")
+
+
+def box(answer):
+    return rf"So the answer is \boxed{{{answer}}}."
+
+
+def score(answer, gold):
+    return reward.grade([box(answer)], [gold])[0]
+
+
+def counted(**expected):
+    return {f"reward_{name}": expected.get(name, 0) for name in ALL}
+
+
+def children():
+    """Process ids of the children of this process."""
+    found = []
+    for entry in filter(str.isdigit, os.listdir("/proc")):
+        try:
+            with open(f"/proc/{entry}/stat") as file:
+                if int(file.read().rpartition(")")[2].split()[1]) == os.getpid():
+                    found.append(int(entry))
+        except OSError:  # it ended meanwhile
+            pass
+    return found
+
+
+@pytest.fixture
+def fresh(monkeypatch):
+    """A pool and a cache of its own."""
+    monkeypatch.setattr(reward, "_pools", {})
+    monkeypatch.setattr(reward, "_cache", {})
+    reward.counts()
+
+
+# ---- rules 1 to 3: which text is the answer
+
+
+@pytest.mark.parametrize(
+    ("response", "expected"),
+    [
+        (r"\boxed{5}", "5"),
+        (r"first \boxed{6}, no: \boxed{5}", "5"),
+        (r"\boxed {5}", "5"),
+        (r"<think> \boxed{6} </think> \boxed{5}", "5"),
+        (r"\boxed{6} </think> a </think> \boxed{5}", "5"),
+        (r"</think> \boxed{5} </think> done", None),
+        (r"<think> \boxed{5} </think>", None),
+        (r"<think> \boxed{5}", None),
+        (r"<think> a </think> <think> \boxed{5}", None),
+        ("5", None),
+        (r"the answer is $5$, \fbox{5}, \boxed 5", None),
+        (r"\boxed{5} and \boxed{6", None),
+        (r"\boxed{5} and \boxed{6\}", None),
+        (r"\boxed{5} and \boxed{}", None),
+        (r"\boxed{5} and \boxed{ }", None),
+        (r"\boxed{\frac{1}{2}}}", r"\frac{1}{2}"),
+        (r"\boxed{\{1,2\}}", r"\{1,2\}"),
+        (r"\boxed{\left\{1,\{2\}\right\}} }", r"\left\{1,\{2\}\right\}"),
+        (r"\boxed{\boxed{5}}", "5"),
+        (r"\boxed{x = \boxed{5}}", "5"),
+        ("\\boxed{\n5\n}", "5"),
+        ("", None),
+        (None, None),
+        (5, None),
+        (rb"\boxed{5}", None),
+        ([r"\boxed{5}"], None),
+    ],
+)
+def test_the_last_box_after_the_last_thought(response, expected):
+    assert reward.boxed(response) == expected
+    assert reward.grade([response], ["5"]) == [float(expected == "5")]
+    assert reward.load("format")([response], ["5"]) == [float(expected is not None)]
+
+
+# ---- rules 4 and 5: `gold ; answer ; answer ...`, all equal in the first table and all different in the second
+
+EQUAL = r"""
+5 ; 5.0 ; 5. ; +5 ; 05 ; (5) ; {5} ; \{5\} ; \text{5} ; \mathbf{5} ; $5$ ; \(5\) ; 10/2 ; \sqrt{25} ; 2+3 ; 2+3=5 ; ５
+-3 ; −3 ; -3.00 ; -\frac{6}{2} ; {-3} ; \frac{9}{-3}
+25 ; 025 ; 25.0 ; 5^2
+0 ; -0 ; 0.0 ; 00 ; 1-1 ; \sin\pi ; 10^{-600}-10^{-600}
+1/2 ; 0.5 ; .5 ; \frac12 ; \frac{1}{2} ; \dfrac{1}{2} ; \tfrac12 ; \cfrac12 ; \frac 1 2 ; 2/4 ; \left(\frac12\right) ; 2^{-1} ; \sin 30^\circ
+-\frac{1}{2} ; -0.5 ; \frac{-1}{2} ; \frac{1}{-2} ; -1/2
+\frac{270}7 ; \frac{270}{7} ; 270/7 ; 38\frac{4}{7}
+2.5 ; 2\frac{1}{2} ; 2 1/2 ; \frac52 ; 5/2
+\frac13 ; 0.\overline{3} ; 0.\bar{3} ; 1/3 ; \frac{\sqrt{1}}{3}
+0.1\overline{6} ; \frac16 ; 1/6
+1000 ; 1,000 ; 1{,}000 ; 1\,000 ; 1,\!000 ; 1 000 ; \$1,000 ; 10^3 ; 1e3 ; 1.0E+3 ; 1\times10^3 ; x=1,000
+10,\!080 ; 10080 ; 10,080 ; 10080.0
+58\,500 ; 58500 ; 58,500
+870000000 ; 8.7 \times 10^8 ; 8.7 \cdot 10^{8} ; 8.7e8 ; 8.7×10^8
+3.61e-10 ; 3.61 \times 10^{-10} ; 36.1 \times 10^{-11}
+36 ; \$36 ; 36\text{ dollars} ; 36 dollars ; €36 ; \boxed{36} ; 36^\circ ; 36\%
+90^\circ ; 90 ; 90^{\circ} ; 90° ; 90 degrees ; 90\text{ degrees} ; \angle A = 90^\circ
+50\% ; 50 ; 50% ; 50 percent ; 50\text{ percent}
+5\text{ cm} ; 5 ; 5 cm ; 5\,\mathrm{cm} ; 5~\text{cm} ; 5.0 \text{ centimeters} ; \frac{10}{2}\text{ cm}
+20 ; 20\text{ cm}^2 ; 20\text{ cm}^{2} ; 20\ \text{square units} ; 20\,\text{m}/\text{s} ; 20 \mathrm{~m/s^{2}}
+x=5 ; 5 ; x = 5 ; 5=x ; x=5.0
+f(x) = x+1 ; x+1 ; f(x)=1+x
+2x+1 ; y=2x+1 ; 1+x\cdot 2
+y=2x+3 ; y=3+2x ; 2x-y+3=0 ; 2x+3
+x+2y=3 ; 2y+x-3=0 ; 2x+4y=6
+\text{Evelyn} ; Evelyn ; \mathrm{Evelyn} ; \textbf{Evelyn} ; evelyn ; \text{Evelyn.}
+\text{(C)} ; C ; (C) ; \textbf{(C)} ; \text{C} ; C.
+\text{No} ; no ; \text{no}
+\text{June 20} ; June 20
+\text{A and C} ; C, A ; \text{A}, \text{C}
+1,-2 ; -2,1 ; -2 \text{ and } 1 ; -2\text{ or }1 ; \{1,-2\} ; x=1 \text{ or } x=-2 ; x=-2, x=1 ; x \in \{1,-2\} ; 1; -2
+1,2,3 ; 3, 1, and 2 ; \{2,3,1\} ; 1.0, 2, \frac{6}{2}
+100,200 ; 200,100 ; 100, 200
+\{1,2\} ; 2,1 ; \{2,1\} ; \left\{1,2\right\} ; \{1,1,2\}
+(1,2) ; ( 1, 2 ) ; \left(1,\frac{4}{2}\right) ; (x,y)=(1,2) ; \langle 1,2\rangle
+(3,4),(1,2) ; (1,2), (3,4) ; \{(1,2),(3,4)\} ; (1,2)\text{ and }(3,4)
+\left(3,\frac{\pi}{2}\right) ; (3,\pi/2) ; (3, 0.5π)
+1\pm\sqrt5 ; 1+\sqrt5,1-\sqrt5 ; 1-\sqrt{5}, 1+\sqrt{5} ; x=1\pm\sqrt5
+\{1\pm\sqrt5,-2\} ; -2, 1-\sqrt5, 1+\sqrt5
+2,-2 ; \pm2 ; x=\pm2
+[-2,7] ; x \in [-2,7] ; \left[-2,7\right] ; -2 \le x \le 7 ; 7\ge x\ge-2 ; [-2.0, 14/2]
+(5,\infty) ; x>5 ; 5<x ; (5,+\infty) ; x \in (5, \infty)
+(-\infty,2)\cup(3,\infty) ; (3,\infty) \cup (-\infty,2) ; x<2 \text{ or } x>3 ; x\in(-\infty,2)\cup(3,\infty)
+x+y\le3 ; y+x\leq 3 ; 3\geqslant x+y
+\emptyset ; \varnothing ; \{\} ; ∅
+\infty ; +\infty ; ∞
+\begin{pmatrix} 1 & 2 \\ 3 & 4 \end{pmatrix} ; \begin{bmatrix}1&2\\3&4\end{bmatrix} ; \begin{pmatrix} 1.0 & 4/2 \\ 3 & 2^2 \end{pmatrix}
+3+4i ; 4i+3 ; 3+4\mathrm{i} ; z=3+4i ; \frac{25}{3-4i}
+-1 ; e^{i\pi} ; i^2 ; \cos\pi
+2\sqrt2 ; \sqrt8 ; \sqrt{8} ; 2√2 ; \frac{4}{\sqrt2} ; 8^{1/2} ; 2^{\frac{3}{2}} ; 2sqrt(2)
+\frac{\sqrt3}{2} ; \sqrt3/2 ; \frac{\sqrt{3}}2 ; \cos 30^\circ ; \sin\frac{\pi}{3}
+\sqrt{7+4\sqrt3} ; 2+\sqrt3
+2\pi ; 2π ; \pi\cdot2 ; 2\pi \text{ cm} ; \frac{4\pi}{2}
+(x+1)^2 ; x^2+2x+1 ; (1+x)(x+1) ; x^2 + 2 x + 1 ; x**2+2*x+1
+\frac{n(n+1)}{2} ; \frac{n^2+n}{2} ; n(n+1)/2 ; \binom{n+1}{2}
+\ln 4 ; 2\ln 2
+4^n ; 2^{2n}
+1 ; \sin^2 x+\cos^2 x ; 0.\overline{9}
+120 ; 5! ; \binom{10}{3} ; 3(40) ; (3)(40)
+2^{2021} ; 2\cdot 2^{2020}
+52_8 ; 52_{8} ; 42
+\frac{h}{mv} ; h/(mv) ; \lambda = \frac{h}{mv}
+|x-1| ; |1-x| ; \left|x-1\right|
+3:2 ; 3 : 2
+x\neq3 ; x \ne 3
+"""
+
+UNEQUAL = r"""
+\frac13 ; 0.333 ; 0.33333333 ; 0.333333333333333333333333333333 ; 3 ; 0.3\overline{4}
+\pi ; 3.14159265 ; 3.14 ; \frac{22}{7} ; 3.141592653589793238462643383279502884197169399375105820974944592307 ; p
+\sqrt2 ; 1.41421356 ; \sqrt3 ; 2 ; \frac{665857}{470832} ; \sqrt{-2}
+262537412640768744 ; e^{\pi\sqrt{163}}
+0.0000001 ; 0.0000003 ; 0
+0 ; 10^{-20} ; 10^{-600} ; \frac{1}{2004!} ; e^{-1000} ; x ; \emptyset ; \{0\ ; \text{zero} ; y-z
+\frac{1}{2004!} ; \frac{1}{2006!}
+12345678901234567890 ; 12345678901234567891 ; 1.2345678901234567891e19
+5 ; 6 ; -5 ; 50 ; 0.5 ; 5.0001 ; 5i ; 5x ; 5! ; 5^2 ; |5|+1 ; e^5 ; \sqrt5 ; \text{five} ; ? ; 5_ ; 5^ ; (5 ; 5) ; 5.5.5
+5 ; 5 \text{ or } 6 ; 5, 6 ; 6,5 ; 5 and 6 ; 5;6 ; 5\ 6 ; 5 \lor 6 ; \{5,6\} ; [5,6] ; 5 \text{ (or maybe } 6) ; 5\pm1 ; \pm5 ; 5,5 ; \text{not }5
+5 ; \neq 5 ; \ge 5 ; > 5 ; x>5 ; x\le5 ; x\neq5 ; \approx 5 ; 6\to5 ; 6 \Rightarrow 5 ; 6 \\ 5 ; 4=5 ; 5=6 ; x=5=6 ; 1=2=3=4=5 ; 2+4=5
+8 ; 7=8 ; 8=7 ; x=7=8 ; 3(4) ; 24/4
+7 ; 3(4) ; 3 4 ; 3,4
+x=5 ; y=5 ; x=6 ; x=-5 ; x^2=25 ; 6 ; x>5
+x+2y=3 ; x+2y=4 ; 2x+y=3 ; x-2y=3
+f(x) ; f(y) ; g(x) ; f'(x)
+2n ; 2N ; 2m ; n ; n^2 ; n+2 ; 2/n
+M ; m ; Mg
+52_8 ; 52_9 ; 52 ; 52_{16}
+21/2 ; 2 1/2 ; 2\frac12 ; 2
+1,2 ; (1,2) ; [1,2] ; 1 ; 1,3 ; 1,2,3 ; 12 ; 1,1 ; 1.2
+1,2,2 ; 1,1,2
+(1,2) ; (2,1) ; [1,2] ; (1,2] ; \{1,2\} ; 1,2 ; (1,2,3) ; 1 ; (1,2),(3,4) ; \begin{pmatrix}1\\2\end{pmatrix}
+(2,4) ; \{2,4\} ; [2,4] ; 2<x\le4
+[2,5) ; [2,5] ; (2,5) ; (2,5] ; 2\le x\le5 ; [2,6)
+(100,200) ; 100200 ; (200,100)
+1000 ; 1.000 ; 1,0000 ; 1 ; 10,00
+(-\infty,2)\cup(3,\infty) ; (-\infty,2]\cup(3,\infty) ; (-\infty,2) ; x<2 ; (-\infty,2)\cap(3,\infty) ; (-\infty,3)\cup(2,\infty)
+x>5 ; x\ge5 ; x<5 ; y>5 ; 5
+\infty ; -\infty ; 0 ; \frac10
+\frac10 ; \frac20
+1\pm\sqrt5 ; 1+\sqrt5 ; 1\pm\sqrt3 ; 1-\sqrt5
+\{1\pm\sqrt5,-2\} ; 1\pm\sqrt5 ; 1\pm\sqrt5,2
+\begin{pmatrix}1&2\\3&4\end{pmatrix} ; \begin{pmatrix}1&3\\2&4\end{pmatrix} ; \begin{vmatrix}1&2\\3&4\end{vmatrix} ; \begin{pmatrix}1&2&3&4\end{pmatrix} ; -2
+A^T ; A ; A'
+3+4i ; 3-4i ; 4+3i ; 3+4 ; 7 ; 5
+i ; I ; 1 ; -i ; j
+7 ; 3+4\mathrm{i}
+\text{Evelyn} ; \text{Navin} ; Evelyn Smith ; E
+\text{Amy} ; \text{May} ; \text{Am}
+\text{(C)} ; \text{(D)} ; D ; \text{C or D} ; C, D ; c
+\text{even} ; \text{odd} ; 2 ; \text{not even}
+\text{red blue} ; \text{blue red}
+5\text{ cm} ; 5\text{ m} ; 6\text{ cm} ; 5\text{ cm}, 6\text{ cm}
+50\% ; 51\% ; 5\% ; 50^\circ
+\$36 ; \$63 ; 3.6 ; \$36,000
+2 ; 2 sin x ; 2 xy ; 2\cos x ; 2 \text{ or } 2.1 ; \log_2 8
+|x| ; x ; -x
+\sqrt{x^2+1} ; x+1
+(x+1)^2 ; x^2+1 ; x^2+2x+2 ; (x+1)^3 ; (y+1)^2
+\frac{x}{3} ; 0.3333333333333333x ; x
+\log 2 ; \ln 2 ; 0.30103
+\gamma ; \Gamma
+\overline{z} ; z
+8.7\times10^8 ; 8.7\times10^9 ; 8.7\times10^{-8} ; 8.7
+1.2e3 ; 1.2 ; 1.2\cdot e\cdot 3 ; 1.3e3
+0.\overline{3} ; 0.3 ; 0.\overline{34}
+3:2 ; 2:3 ; 3
+\int_0^1 \sin(1/x)\,dx ; 5
+"""
+
+
+def pairs(table):
+    rows = [line.split(" ; ") for line in table.strip().splitlines()]
+    return [(gold, answer) for gold, *answers in rows for answer in answers]
+
+
+@pytest.mark.parametrize(("gold", "answer"), pairs(EQUAL))
+def test_equal(gold, answer):
+    assert score(answer, gold) == 1.0
+    assert score(gold, gold) == 1.0
+
+
+@pytest.mark.parametrize(("gold", "answer"), pairs(UNEQUAL))
+def test_unequal(gold, answer):
+    assert score(answer, gold) == 0.0
+    assert score(gold, gold) == 1.0
+
+
+def test_equality_has_no_direction():
+    both = [(answer, gold, 1.0) for gold, answer in pairs(EQUAL)] + [(a, g, 0.0) for g, a in pairs(UNEQUAL)]
+    both = [(gold, answer, want) for gold, answer, want in both if reward.boxed(box(gold)) == gold]
+    rewards = reward.grade([box(gold) for _, gold, _ in both], [answer for answer, _, _ in both])
+    assert [row for row, value in zip(both, rewards, strict=True) if value != row[2]] == []
+
+
+@pytest.mark.parametrize("gold", [5, 5.0, "5", "$5$", r"\boxed{5}", "x=5", " 5\n", "5.", True + 4])
+def test_gold_in_any_dress(gold):
+    assert (score("5", gold), score("6", gold)) == (1.0, 0.0)
+
+
+@pytest.mark.parametrize(
+    "gold", [None, "", " ", r"\boxed{}", b"5", float("nan"), ["5"], 10**5000, object(), "\ud800"], ids=lambda gold: type(gold)
+)
+def test_odd_golds_give_no_credit_and_do_not_raise(gold):
+    assert reward.grade([box("5"), r"\boxed{\,}", r"\boxed{None}"], [gold] * 3) == [0.0] * 3

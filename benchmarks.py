@@ -44,10 +44,10 @@ def plain(rows: list[dict], where: str, problem: str | None = None, answer: str 
     texts = [text for text, _ in data.from_rows(rows, where, problem, answer)]
     column = data.pick_column(rows[0], answer, data.ANSWER_COLUMNS, "--answer-column", where)
     lists = [row[column] if isinstance(row[column], list) else [row[column]] for row in rows]
-    golds = [tuple(str(gold).strip() for gold in some if gold is not None and str(gold).strip()) for some in lists]
-    if () in golds:
-        raise ValueError(f"{where} row {golds.index(()) + 1} has an empty {column!r}; give every row an answer")
-    return list(map(Problem, texts, golds))
+    return [
+        Problem(text, tuple(filter(None, map(data.final_answer, golds))))
+        for text, golds in zip(texts, lists, strict=True)
+    ]
 
 
 def integers(rows: list[dict], where: str, problem: str | None = None, answer: str | None = None) -> list[Problem]:
@@ -114,24 +114,11 @@ def load(name: str, revisions: dict[str, str], columns: tuple = (None, None)) ->
     else:
         source = {key: getattr(benchmark, key) for key in ("hub", "config", "split", "revision")}
         source["revision"] = revisions.get(known, benchmark.revision)
-        problems = benchmark.parse(fetch(known, **source), benchmark.hub)
+        rows = list(data.fetch(**source, copy=f"--benchmarks {known}=FILE.jsonl"))
+        problems = benchmark.parse(rows, benchmark.hub)
     if len(problems) != benchmark.size:
         print(f"note: {known} has {benchmark.size} problems, but here are {len(problems)}", file=sys.stderr)
     return known, problems, source
-
-
-def fetch(name: str, hub: str, config: str | None, split: str, revision: str) -> list[dict]:
-    import datasets  # slow to import, and not needed for files
-
-    datasets.disable_progress_bars()
-    try:
-        return datasets.load_dataset(hub, config, split=split, revision=revision).to_list()
-    except Exception as error:  # of the hub, the network, the cache or the file format: a dozen kinds
-        first = str(error).strip().split("\n")[0]
-        raise ValueError(
-            f"{name} cannot be loaded from {hub} at {revision} ({type(error).__name__}: {first}); go online, or give a "
-            f"copy in the same format: --benchmarks {name}=FILE.jsonl"
-        ) from error
 
 
 # ---------------------------------------------------------------- what is right

@@ -57,6 +57,7 @@ class Config:
     eval_prompts: int = 200  # held-out prompts (at most a tenth of the data)
     eval_samples: int = 1  # answers to each of them
     threads: int = 0  # CPU threads; 0: PyTorch's choice
+    profile: bool = False  # write trace.json of steps 3 and 4, to open in Perfetto
     # ---- replay
     replay: str = "none"  # prompt, prioritized, greso; dapo, group; rollout; several with +; alone it means prompt
     band: tuple[float, float] = (0.25, 0.75)  # prompt: pass rates that may come back, ends included
@@ -116,7 +117,7 @@ class Config:
 # settings that may differ between a run and its resumption
 FREE = {
     "out", "steps", "max_rollouts", "resume", "save_every", "eval_every", "rollout_batch", "gpu_memory", "kv_cache_gb",
-    "keep_resident", "tensor_parallel", "enforce_eager",
+    "keep_resident", "tensor_parallel", "enforce_eager", "profile",
 }  # fmt: skip
 
 

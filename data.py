@@ -25,6 +25,7 @@ import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 
 KINDS = (".jsonl", ".json", ".parquet", ".csv")
@@ -35,16 +36,12 @@ ASKS_FOR_BOX = re.compile(r"answer[^.]{0,60}\\boxed", re.I)  # an instruction li
 PLAIN_TEXT = "note: the tokenizer has no chat template: prompts are plain text, without an instruction"
 
 # what data sets put around their problems; an instruction is added by `encode`, once
-WRAPPERS = [
-    re.compile(pattern, re.I | re.S)
-    for pattern in (
-        r"^\s*user:\s*",
-        r"^\s*Solve the following math problem step by step\. The last line of your response.{0,200}? to the problem\.",
-        r"Remember to put your answer on its own line after \"Answer:\"\.?\s*$",
-        r"(?:Let's think|(?:Please )?reason) step by step,? and (?:output the|put your) final answer within "
-        r"\\boxed\{\}\.?\s*$",
-    )
-]
+WRAPPERS = (
+    r"(?i)^\s*user:\s*",
+    r"(?is)^\s*Solve the following math problem step by step\. The last line of your .{0,200}? to the problem\.",
+    r"(?i)Remember to put your answer on its own line after \"Answer:\"\.?$",
+    r"(?i)(Let's think|(Please )?reason) step by step,? and (output the|put your) final answer within \\boxed\{\}\.?$",
+)
 
 # The embedded task: zero-padded operands of one to four digits, e.g. `0473+0292=`. Fixed columns, because a model
 # this small does not learn to align digits of varying place. The mix of sizes gives the untrained model about 0.27.
@@ -64,35 +61,24 @@ class Prompt:
     ids: tuple[int, ...] = ()
 
 
-@dataclass(frozen=True)
-class Source:
-    """A known data set of Hugging Face. Of several columns the first that is there counts."""
-
-    hub: str
-    config: str | None
-    revision: str | None  # None: the newest
-    problem: tuple[str, ...] = PROBLEM_COLUMNS
-    answer: tuple[str, ...] = ANSWER_COLUMNS
-    mixed: bool = False  # of many subjects: kept are rows whose `dataset` is math
-
-
 POLARIS, DAPO = "296f8e34132e63f4a1d70e0dcc8bddebb43f03e4", "31dd309567e3da778038cc87d868b6097a3ccf68"
 GSM8K, MATH = "740312add88f781978c0658806c59bc2815b9866", "0530c78699ea5e8eb5530600900e1f328b48acad"
-DOLCI = {"problem": ("messages", "prompt"), "answer": ("ground_truth",), "mixed": True}
+USUAL, DOLCI = (PROBLEM_COLUMNS, ANSWER_COLUMNS), (("messages", "prompt"), ("ground_truth",))
+# name: id, config, revision (None: the newest), columns of problem and answer (the first that is there), all maths?
 SOURCES = {
     # 53 k with pass rates of another 7B model, as "3/8"; an instruction after some problems; repeats
-    "polaris": Source("POLARIS-Project/Polaris-Dataset-53K", None, POLARIS),
+    "polaris": ("POLARIS-Project/Polaris-Dataset-53K", None, POLARIS, *USUAL, True),
     # 13 k, as messages or as "user: ..."; ground_truth and dataset are strings or lists
-    "dolci": Source("allenai/Dolci-RL-Zero-Math-7B", None, None, **DOLCI),
+    "dolci": ("allenai/Dolci-RL-Zero-Math-7B", None, None, *DOLCI, False),
     # 14 k in English, of which `solution` is the bare answer
-    "dapo": Source("open-r1/DAPO-Math-17k-Processed", "en", DAPO, ("prompt",), ("solution", "reward_model")),
+    "dapo": ("open-r1/DAPO-Math-17k-Processed", "en", DAPO, ("prompt",), ("solution", "reward_model"), True),
     # 7 k; the answer is worked and ends in "#### 1,234"
-    "gsm8k": Source("openai/gsm8k", "main", GSM8K),
+    "gsm8k": ("openai/gsm8k", "main", GSM8K, *USUAL, True),
     # 7.5 k; the answer is the last box of the solution
-    "math": Source("DigitalLearningGmbH/MATH-lighteval", None, MATH),
+    "math": ("DigitalLearningGmbH/MATH-lighteval", None, MATH, *USUAL, True),
     # relatives: DAPO's problems a hundred times each in an "Answer: $Answer" wrapper; and 102 k of many subjects
-    "dapo-raw": Source("BytedTsinghua-SIA/DAPO-Math-17k", None, None, ("prompt",), ("reward_model",)),
-    "dolci-think": Source("allenai/Dolci-Think-RL-7B", None, None, **DOLCI),
+    "dapo-raw": ("BytedTsinghua-SIA/DAPO-Math-17k", None, None, ("prompt",), ("reward_model",), True),
+    "dolci-think": ("allenai/Dolci-Think-RL-7B", None, None, *DOLCI, False),
 }
 
 
@@ -100,21 +86,16 @@ def arithmetic(count: int, seed: int = 0) -> list[Pair]:
     """`count` different (question, answer) pairs of the embedded task, e.g. ('0473+0292=', '765')."""
     rng = random.Random(seed)
     pairs: dict[str, str] = {}
-    tries = 0
-    while len(pairs) < count:
-        tries += 1
-        if tries > 50 * count + 1000:
-            raise ValueError(f"the embedded task has no {count} different problems of these sizes; ask for fewer")
+    for _ in range(50 * count + 1000):
+        if len(pairs) == count:
+            return list(pairs.items())
         size = rng.choices(SIZES, SIZE_WEIGHTS)[0]
         a, b = (rng.randrange(10 ** (size - 1) if size > 1 else 0, 10**size) for _ in range(2))
         op = rng.choice("+-")
         if op == "-" and a < b:
             a, b = b, a
         pairs[f"{a:0{WIDTH}d}{op}{b:0{WIDTH}d}="] = str(a + b if op == "+" else a - b)
-    return list(pairs.items())
-
-
-# ---------------------------------------------------------------- rows
+    raise ValueError(f"the embedded task has no {count} different problems of these sizes; ask for fewer")
 
 
 def read_rows(path: str) -> list[dict]:
@@ -136,20 +117,16 @@ def read_rows(path: str) -> list[dict]:
         except (datasets.exceptions.DatasetGenerationError, ValueError) as error:
             raise ValueError(f"{path} cannot be read as {file.suffix[1:]}: {error.__cause__ or error}") from error
     # Plain json rather than Arrow: an answer column that mixes 5 and "5/2" is common, and the line number is exact.
-    where = path
     try:
         text = file.read_text(encoding="utf-8")
-        if file.suffix == ".json" and text.lstrip().startswith("["):
-            return json.loads(text)
-        rows = []
-        for n, line in enumerate(text.splitlines(), 1):
-            where = f"{path} line {n}"
-            rows += [json.loads(line)] if line.strip() else []
-        return rows
+        lines = [text] if file.suffix == ".json" and text.lstrip().startswith("[") else text.splitlines()
+        rows = [json.loads(line) for line in lines if line.strip()]
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8 text ({error}); save it as UTF-8") from error
     except json.JSONDecodeError as error:
-        raise ValueError(f"{where} is not JSON ({error}); write one JSON object a line") from error
+        n = lines.index(error.doc) + 1
+        raise ValueError(f"{path} line {n} is not JSON ({error}); write one JSON object a line") from error
+    return rows[0] if lines == [text] and isinstance(rows[0], list) else rows
 
 
 def fetch(hub: str, config: str | None, split: str, revision: str | None, copy: str) -> Iterable[dict]:
@@ -179,24 +156,24 @@ def pick_column(row: dict, wanted: str | None, usual: tuple[str, ...], flag: str
     )
 
 
-def select(rows: Iterable[dict], where: str, mixed: bool, difficulty, counts: Counter) -> Iterator[dict]:
-    """Maths only where subjects are `mixed`; of it pass rates within `difficulty`, ends included. Counts the others."""
-    kept = 0
+def select(rows: Iterable[dict], where: str, maths: bool, difficulty, counts: Counter) -> Iterator[dict]:
+    """Maths, if not all rows are; of it pass rates within `difficulty`, ends included. Counts the others."""
+    kept, needed = 0, [*([] if maths else ["dataset"]), *(["difficulty"] if difficulty else [])]
     for n, row in enumerate(rows, 1):
         counts["rows"] += 1
-        if mixed:
-            kinds = row[pick_column(row, "dataset", (), "another --data", where)]
-            kinds, golds = (x if isinstance(x, list) else [x] for x in (kinds, row.get("ground_truth")))
+        if set(needed) - set(row):
+            raise ValueError(f"{where} row {n} lacks {' or '.join(needed)} to select by; it has {', '.join(row)}")
+        if not maths:
+            kinds, golds = (x if isinstance(x, list) else [x] for x in (row["dataset"], row.get("ground_truth")))
             if "math" not in kinds:
                 counts["not maths"] += 1
                 continue
             if len(kinds) == len(golds):  # one gold for each verifier
                 row = row | {"ground_truth": golds[kinds.index("math")]}
         if difficulty:
-            value = row[pick_column(row, "difficulty", (), "another --data, or leave out --difficulty", where)]
-            right, _, of = str(value).partition("/")
+            value = row["difficulty"]
             try:
-                rate = -1.0 if value is None else float(right) / float(of or 1)
+                rate = -1 if value is None else Fraction(str(value))
             except (ValueError, ZeroDivisionError) as error:
                 raise ValueError(f"{where} row {n}: difficulty {value!r} is no pass rate like 3/8 or 0.4") from error
             if not difficulty[0] <= rate <= difficulty[1]:
@@ -205,19 +182,12 @@ def select(rows: Iterable[dict], where: str, mixed: bool, difficulty, counts: Co
         kept += 1
         yield row
     if counts["rows"] and not kept:
-        raise ValueError(f"{where}: no row is left: {describe(counts)}")
+        raise ValueError(f"{where}: no row is left: {dict(counts)}")
 
 
-def from_rows(
-    rows: Iterable[dict],
-    path: str,
-    problem_column: str | None = None,
-    answer_column: str | None = None,
-    usual: tuple[tuple[str, ...], tuple[str, ...]] = (PROBLEM_COLUMNS, ANSWER_COLUMNS),
-    left_out: Counter | None = None,
-) -> list[Pair]:
-    """(problem, answer) pairs. ValueError names the row whose problem or answer is missing or empty; with `left_out`,
-    for data that is not the user's own, it is left out and counted there, and wrappers are taken off."""
+def from_rows(rows, path: str, problem_column=None, answer_column=None, usual=USUAL, left_out=None) -> list[Pair]:
+    """(problem, answer) pairs. ValueError names the row whose problem or answer is missing or empty; with a Counter
+    `left_out`, for data that is not the user's own, it is left out and counted, and wrappers are taken off."""
     pairs: list[Pair] = []
     problem = answer = ""
     for n, row in enumerate(rows, 1):
@@ -228,15 +198,13 @@ def from_rows(
         text, gold = row.get(problem), final_answer(row.get(answer))
         text = text if isinstance(text, list) else str("" if text is None else text)
         text = text if left_out is None else unwrap(text)
-        empty = repr(answer) if not gold else repr(problem) if not text or not str(text).strip() else ""
-        if not empty:
+        if gold and text and (isinstance(text, list) or text.strip()):
             pairs.append((text, gold))
-        elif left_out is None:
-            raise ValueError(
-                f"{path} row {n} has an empty {empty}; give every row a problem and an answer, or take it out"
-            )
-        else:
+        elif left_out is not None:
             left_out["without problem or answer"] += 1
+        else:
+            lacks = f"an empty {problem!r}" if gold else f"no final answer in {answer!r}"
+            raise ValueError(f"{path} row {n} has {lacks}; give every row a problem and an answer, or take it out")
     if not problem:
         raise ValueError(f"{path} has no rows; it needs at least as many as there are prompts in a step")
     return pairs
@@ -267,11 +235,8 @@ def unwrap(problem: str | list[dict]) -> str | list[dict]:
         single = len(problem) == 1 and problem[0].get("role") == "user"
         return unwrap(problem[0].get("content") or "") if single else problem
     for pattern in WRAPPERS:
-        problem = pattern.sub("", problem)
-    return problem.strip()
-
-
-# ---------------------------------------------------------------- problems
+        problem = re.sub(pattern, "", problem).strip()
+    return problem
 
 
 def load(
@@ -279,24 +244,22 @@ def load(
 ) -> tuple[list[Pair], Counter]:
     """Pairs of --data `name`, and what was counted on the way. ValueError or OSError in one line."""
     known, _, copy = name.partition("=")
-    source = SOURCES.get(known) or next((s for s in SOURCES.values() if s.hub == known), None)
-    where = copy or (name if not source and (Path(name).exists() or Path(name).suffix in KINDS) else "")
+    source = SOURCES.get(known) or next((s for s in SOURCES.values() if s[0] == known), None)
+    hub, usual_config, pinned, *usual, maths = source or (name, None, None, *USUAL, True)
     counts: Counter = Counter()
-    if where:
+    own = not source and (Path(name).exists() or Path(name).suffix in KINDS)  # what is wrong in it can be mended
+    if own or (source and copy):
+        where = copy or name
         if config or split or revision:
             raise ValueError(f"--data-config, --data-split and --data-revision are for the hub, and {where} is a file")
         rows = read_rows(where)
     elif source or re.fullmatch(r"[\w.-]+/[\w.-]+", name):
-        where, like = (source.hub, f"{known}=") if source else (name, "")
-        usual = source or Source(name, None, None)
-        copy = f"--data {like}FILE.parquet"
-        rows = fetch(where, config or usual.config, split or "train", revision or usual.revision, copy)
+        where, copy = hub, f"--data {f'{known}=' if source else ''}FILE.parquet"
+        rows = fetch(hub, config or usual_config, split or "train", revision or pinned, copy)
     else:
         raise ValueError(f"no data {name!r}: say {', '.join(SOURCES)}, OWNER/NAME of Hugging Face, or a file")
-    own = not source and not copy  # the user's file: what is wrong in it can be mended
-    usual = (source.problem, source.answer) if source else (PROBLEM_COLUMNS, ANSWER_COLUMNS)
     if not own or difficulty:
-        rows = select(rows, where, bool(source and source.mixed), difficulty, counts)
+        rows = select(rows, where, maths, difficulty, counts)
     pairs = from_rows(rows, where, problem_column, answer_column, usual, None if own else counts)
     return pairs, counts or Counter({"rows": len(pairs)})
 
@@ -309,7 +272,7 @@ def normal(problem: str | list[dict]) -> str:
     text = unicodedata.normalize("NFKC", unwrap(problem)).lower().replace("\u2212", "-").replace("\u2013", "-")
     text = re.sub(r"\\(?:left|right|displaystyle|quad|qquad)(?![a-z])|\\[,;:!()\[\] ]", "", text)
     text = re.sub(r"\\[dt]frac", "frac", text)
-    text = re.sub(r"(?<=[a-z]{2})-(?=[a-z]{2})|\.(?!\d)|[^\w+\-*/=<>^|%!.()\[\]]", "", text)
+    text = re.sub(r"(?<=[a-z]{2})(?:-(?=[a-z]{2})|!)|\.(?!\d)|[^\w+\-*/=<>^|%!.()\[\]]", "", text)
     return text or str(problem)
 
 
@@ -328,28 +291,21 @@ def prepare(name: str, evaluation: dict[str, list], **options) -> tuple[list[Pai
             counts["of these with another answer"] += kept[key][1] != answer
         else:
             kept[key] = problem, answer
-    if not kept:
-        raise ValueError(f"--data {name}: no problem is left: {describe(counts)}")
-    left = list(kept.values())
-    return left, f"data: {name}: {describe(counts)}; {len(left):,} problems, sha256 {fingerprint(left)[:16]}"
+    left, what = list(kept.values()), ", ".join(f"{number:,} {kind}" for kind, number in counts.items() if number)
+    if not left:
+        raise ValueError(f"--data {name}: no problem is left: {what}")
+    return left, f"data: {name}: {what}; left {len(left):,} problems, sha256 {fingerprint(left)[:16]}"
 
 
 def evaluation_problems(names: Iterable[str], load: Callable[[str], list]) -> tuple[dict[str, list], list[str]]:
     """Benchmark -> problems, from `load`; and the benchmarks that cannot be had."""
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
-    problems, missing, network = {}, [], True
+    problems, network = {}, True
     for name in names:
         try:
-            if network:  # else half a minute of retries each
-                problems[name] = load(name)
+            problems |= {name: load(name)} if network else {}  # each would take half a minute of retries
         except (ValueError, OSError) as error:
             network = not isinstance(error.__cause__, ConnectionError)
-        missing += [] if name in problems else [name]
-    return problems, missing
-
-
-def describe(counts: Counter) -> str:
-    return ", ".join(f"{number:,} {what}" for what, number in counts.items() if number)
+    return problems, [name for name in names if name not in problems]
 
 
 def fingerprint(pairs: Iterable[Pair]) -> str:
@@ -361,9 +317,6 @@ def split(pairs: list[Pair], held_out: int, seed: int = 0) -> tuple[list[Pair], 
     """Training pairs, in their order, and `held_out` others for evaluation."""
     held = set(random.Random(seed).sample(range(len(pairs)), held_out))
     return [pair for i, pair in enumerate(pairs) if i not in held], [pairs[i] for i in sorted(held)]
-
-
-# ---------------------------------------------------------------- tokens
 
 
 def encode(pairs: list[Pair], tokenizer, max_tokens: int, thinking: bool | None = None) -> tuple[list[Prompt], int]:
@@ -380,9 +333,8 @@ def encode(pairs: list[Pair], tokenizer, max_tokens: int, thinking: bool | None 
     prompts, skipped = [], 0
     for text, answer in pairs:
         if template:
-            messages = text
-            if isinstance(text, str):
-                messages = [{"role": "user", "content": text + ("" if ASKS_FOR_BOX.search(text) else INSTRUCTION)}]
+            more = "" if ASKS_FOR_BOX.search(str(text)) else INSTRUCTION
+            messages = text if isinstance(text, list) else [{"role": "user", "content": text + more}]
             # return_dict=False: transformers 5 returns a BatchEncoding otherwise, whose length is its number of keys
             ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False, **options)
         else:

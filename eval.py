@@ -6,8 +6,8 @@
     python eval.py --compare A/results.json B/results.json       paired differences
 
 A table goes to the console, every score to results.json, every completion to NAME@K.jsonl in --out. The same command
-again goes on where it was stopped, and grades anew what is there. results.json holds a sha256 of the problems and golds
-of each benchmark (benchmarks.py), which only compares with itself.
+again goes on where it was stopped, and grades anew what is there. results.json holds a sha256 of problems and golds
+(benchmarks.py): accuracies on different ones are not compared.
 
 An answer is right if its reward is 1. avg@k is the mean over problems of the share of k answers that are right; the
 errors are clustered by problem (stats.py). pass@k is unbiased; pass@1 is avg@k. In the vote (maj@k) ties are shared, no
@@ -95,9 +95,7 @@ def finished(path: Path, task: Task) -> dict[int, list[dict]]:
     ids = dict(enumerate(problem.id for problem in task.problems))
     strange = {i for i, rows in found.items() if any(row["id"] != ids.get(i) for row in rows.values())}
     if strange:
-        raise ValueError(
-            f"{path} has answers to {len(strange)} problems that {task.name} now lacks; give another --out"
-        )
+        raise ValueError(f"{path} answers {len(strange)} problems that {task.name} now lacks; give another --out")
     return {i: [rows[k] for k in range(task.samples)] for i, rows in found.items() if len(rows) == task.samples}
 
 
@@ -142,10 +140,13 @@ def grade(task: Task) -> None:
 
 def summarise(task: Task, pass_at: list[int]) -> dict:
     """What results.json says of a benchmark."""
-    spell = {"equation": lambda text: text.rpartition("=")[2]}.get(task.reward, reward.boxed)
+    final = {"equation": lambda text: text.rpartition("=")[2]}.get(task.reward, lambda text: reward.boxed(text) or "")
     groups = [task.done[i] for i in range(len(task.problems))]
     right = [[row["score"] >= 1 for row in group] for group in groups]
-    votes = [stats.vote(r, [spell(row["response"]) for row in g]) for r, g in zip(right, groups, strict=True)]
+    votes = [
+        stats.vote(r, ["".join(final(row["response"]).split()) for row in g])
+        for r, g in zip(right, groups, strict=True)
+    ]
     runs = [fmean(sample) for sample in zip(*right, strict=True)]
     ids = [problem.id for problem in task.problems]
     return {
@@ -191,29 +192,20 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     add = parser.add_argument
     add("--model", default="", help="Hugging Face id or folder; without it the embedded model")
     add("--benchmarks", nargs="+", metavar="NAME", help="names, NAME=FILE or data files (all six; or embedded)")
-    add(
-        "--samples",
-        nargs="+",
-        default=[],
-        metavar="K",
-        help="answers to a problem: K or NAME=K (AIME, AMC 32; others 4)",
-    )
+    add("--samples", nargs="+", default=[], metavar="K", help="answers: K or NAME=K (AIME and AMC 32, others 4)")
     add("--pass-at", nargs="+", type=int, metavar="K", help="(1 4 8 16 32, as far as there are answers)")
     add("--temperature", type=float, help="0: greedy (0.6; embedded: 1)")
     add("--max-tokens", type=int, help=f"of an answer ({Config.max_tokens}; embedded: {EMBEDDED['max_tokens']})")
+    add("--thinking", action=argparse.BooleanOptionalAction, help="enable_thinking of the template (its default)")
     add("--seed", type=int, default=0, help="of sampling (0)")
     add("--engine", default="auto", choices=("auto", "vllm", "transformers"), help="what generates (auto)")
+    add("--gpu-memory", type=float, default=0.9, help="vLLM: its share of the GPU (0.9)")
+    add("--kv-cache-gb", type=float, default=0.0, help="vLLM: fixed size of the KV cache (what its share leaves)")
     add("--batch", type=int, default=512, help="answers generated between two saves (512)")
     add("--reward", default="", help="as for train.py (math; embedded: equation)")
     add("--problem-column", help="of data files; found by itself if it has a usual name")
     add("--answer-column", help="of data files; found by itself if it has a usual name")
-    add(
-        "--revision",
-        nargs="+",
-        default=[],
-        metavar="NAME=HASH",
-        help="of a benchmark on the hub, if not the pinned one",
-    )
+    add("--revision", nargs="+", default=[], metavar="NAME=HASH", help="of a benchmark, if not the pinned one")
     add("--out", default="", help="folder of results and completions (one for these settings under out/)")
     add("--baseline", metavar="JSON", help="results.json to compute AES against")
     add("--compare", nargs=2, metavar="JSON", help="what differs between two results.json, and is it luck?")
@@ -240,9 +232,7 @@ def choose_tasks(args) -> list[Task]:
         usual = 1 if args.temperature == 0 else BENCHMARKS[name].samples if name in BENCHMARKS else 4
         count = counts.get(name, counts.get("", str(usual)))
         if not re.fullmatch("[1-9][0-9]*", count) or (args.temperature == 0 and count != "1"):
-            raise ValueError(
-                f"--samples {count}: give a whole number from 1; at temperature 0 only 1, as all are the same"
-            )
+            raise ValueError(f"--samples {count}: give a whole number from 1, and 1 at temperature 0: all are the same")
         if args.pass_at and not 1 <= min(args.pass_at) <= max(args.pass_at) <= int(count):
             raise ValueError(
                 f"--pass-at {max(args.pass_at)}: pass@k needs k answers to a problem or more, and {name} has {count}; "
@@ -271,18 +261,21 @@ def prepare(args):
         torch.set_num_threads(EMBEDDED["threads"])
     path = args.model or str(tiny.make(HERE / "out" / "tiny-model"))
     model, tokenizer, stop_ids = rollout.load_model(path)
+    if not tokenizer.chat_template and not small:
+        print(data.PLAIN_TEXT, file=sys.stderr)
     for task in tasks:
-        task.prompts, _ = data.encode([(p.text, p.golds[0]) for p in task.problems], tokenizer, sys.maxsize)
+        pairs = [(problem.text, problem.golds[0]) for problem in task.problems]
+        task.prompts, _ = data.encode(pairs, tokenizer, sys.maxsize, args.thinking)
         if not all(prompt.ids for prompt in task.prompts):
             raise ValueError(f"{path} knows no sign of a problem of {task.name}; give another --model")
     settings = {"model": args.model or "embedded", "weights": fingerprint(model)}
-    settings |= {key: getattr(args, key) for key in ("temperature", "max_tokens", "seed")}
+    settings |= {key: getattr(args, key) for key in ("temperature", "max_tokens", "thinking", "seed")}
     cfg = Config(
         model=path, engine=args.engine, max_tokens=args.max_tokens, temperature=args.temperature, seed=args.seed,
         rollout_batch=args.batch, max_prompt_tokens=max(len(p.ids) for task in tasks for p in task.prompts),
-        dtype=EMBEDDED["dtype"] if small else Config.dtype,
+        dtype=EMBEDDED["dtype"] if small else Config.dtype, gpu_memory=args.gpu_memory, kv_cache_gb=args.kv_cache_gb,
     )  # fmt: skip
-    if args.engine != "transformers" and torch.cuda.is_available() and find_spec("vllm"):
+    if find_spec("vllm") and (args.engine == "vllm" or (args.engine == "auto" and torch.cuda.is_available())):
         model = None  # vLLM loads its own
         torch.cuda.empty_cache()
     engine = rollout.make_engine(args.engine, model, path, stop_ids, cfg)

@@ -197,7 +197,8 @@ def update(model, optimizer, sequences: list[Sequence], cfg, step: int, referenc
             if reference is not None:
                 with torch.no_grad(), autocast:
                     anchor, _ = reference(micro, cfg.temperature)
-                penalty = (k3(logprob, anchor) * weight).sum()
+                # times pi / pi_old: k3 has the value of KL(pi || reference), but alone the gradient of the reverse
+                penalty = (k3(logprob, anchor) * torch.exp(logprob - before) * weight).sum()
                 loss = loss + cfg.kl * penalty
                 sums["kl"] += penalty.item() / len(work)
             (loss * world).backward()  # FSDP takes the mean over ranks, and the loss is a sum

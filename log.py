@@ -1,13 +1,17 @@
 """What a run writes down: figures of each step, lines on the console, metrics.jsonl and samples.jsonl."""
 
+import contextlib
 import json
 import resource
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
+from tqdm import tqdm
 
+import ranks
 from buffer import Group
 
 
@@ -53,6 +57,17 @@ def rollout_figures(groups: list[Group], replays: set[int]) -> dict:
     return figures
 
 
+def samples(run, groups: list[Group], texts: list[list[str]], step: int, count: int = 2) -> list[dict]:
+    """A few of the step's answers as text."""
+    rows = []
+    for group, answers in list(zip(groups, texts, strict=True))[:count]:
+        prompt = run.prompts[group.prompt]
+        for i in range(min(count, len(answers))):
+            row = {"step": step, "prompt": prompt.text, "response": answers[i], "answer": prompt.answer}
+            rows.append(row | {"reward": group.rewards[i].item(), "truncated": group.truncated[i]})
+    return rows
+
+
 def peak_memory_mb() -> float:
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**20
@@ -71,6 +86,37 @@ class Clock:
         now = time.perf_counter()
         seconds, self.then = now - self.then, now
         return seconds
+
+
+def progress(run):
+    """The steps that are left, with a bar on rank 0 where there is a terminal."""
+    return tqdm(
+        range(run.step + 1, run.cfg.steps + 1), initial=run.step, total=run.cfg.steps, unit="step",
+        disable=None if ranks.is_main() else True,
+    )  # fmt: skip
+
+
+def write(run, row: dict, progress, groups: list[Group], texts: list[list[str]]) -> None:
+    """One step to metrics.jsonl, to the console, and on evaluation steps some of its answers to samples.jsonl."""
+    if not ranks.is_main():
+        return
+    append(run.folder / "metrics.jsonl", [row])
+    if "eval_accuracy" in row:
+        append(run.folder / "samples.jsonl", samples(run, ranks.share(groups), texts, row["step"]))
+    progress.write(line(row))
+
+
+def profiler(folder: Path, on: bool):
+    """A context whose .step() is called after each step; with `on` it writes steps 3 and 4 to trace.json, which opens in
+    Perfetto or chrome://tracing."""
+    import torch.profiler as tp
+
+    if not on:
+        return contextlib.nullcontext(SimpleNamespace(step=lambda: None))
+    return tp.profile(
+        schedule=tp.schedule(wait=1, warmup=1, active=2, repeat=1), record_shapes=True,
+        on_trace_ready=lambda trace: trace.export_chrome_trace(str(folder / "trace.json")),
+    )  # fmt: skip
 
 
 def line(row: dict) -> str:

@@ -157,6 +157,24 @@ def model_logprobs(model, batch: MicroBatch, temperature: float) -> tuple[torch.
     return token_logprobs(chosen, model.get_output_embeddings().weight, batch.targets, temperature)
 
 
+def check_model(model) -> None:
+    """ValueError where `model_logprobs` is not the model's own forward: heads that scale, cap or shift their logits, and
+    layers that do not keep packed sequences apart."""
+    vocabulary = model.get_input_embeddings().num_embeddings
+    ids = torch.tensor([[(7 * i + 13 * j + 1) % vocabulary for j in range(6)] for i in range(2)])
+    pair = [Sequence(tuple(row[:2].tolist()), row[2:], torch.zeros(4), 0.0, 0) for row in ids]
+    (micro,) = pack(pair, 12, row_length=12, device=model.device)
+    with torch.no_grad():
+        ours, _ = model_logprobs(model, micro, 1.0)
+        logits = model(input_ids=ids.to(model.device), use_cache=False).logits.float()
+    own = torch.log_softmax(logits[:, 1:-1], -1).gather(2, ids[:, 2:, None].to(model.device))[..., 0]
+    if (ours - own[micro.sequences].flatten()).abs().max() > 1e-2:
+        raise ValueError(
+            f"{model.config.model_type} models scale, cap or shift their logits, or cannot be packed, and would be "
+            "trained on wrong log-probs; use a Qwen3, Llama, Mistral, Gemma 3, OLMo or alike"
+        )
+
+
 class Scorer(torch.nn.Module):
     """A model whose forward is `model_logprobs`: the root that FSDP needs, to have the head's weight at hand."""
 

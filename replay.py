@@ -112,7 +112,7 @@ class Epochs(Saved):
 
     def take(self, x: int, replay: bool = False) -> int:
         self.chosen[x] = bool(replay)
-        self.seen[x], self.out[x] = True, OUT
+        self.seen[x], self.out[x] = True, self.out[x] or OUT
         return x
 
     def next(self) -> int:

@@ -159,15 +159,15 @@ def relation(text):
 
 def same(a, b):
     """Are two tidy texts equal? Takes lists, relations and brackets apart; the rest is for `same_value`."""
-    xs, ys = members(a), members(b)
-    if not xs or not ys:
+    if a == b or not a or not b:
         return a == b != ""
+    xs, ys = members(a), members(b)
     if len(xs) != 1 or len(ys) != 1:
         for x in xs:
             if (twin := next((y for y in ys if same(x, y)), None)) is None:
                 return False
             ys.remove(twin)
-        return not ys
+        return xs != ys == []
     a, b = xs[0], ys[0]
     xs, ys = relation(a), relation(b)
     if len(xs) > 1 and len(ys) > 1:
@@ -194,14 +194,15 @@ def equal(gold, answer):
 
 
 def same_value(a, b):
+    """Equal in value or, if they are words, in spelling; the case of the first letter does not count."""
     from math_verify import verify
     from sympy import Expr
 
-    (a, unit), (b, other) = (re.fullmatch(rf"\+?(.+?)((?:{UNIT})*)", text).groups() for text in (a or " ", b or " "))
+    (a, unit), (b, other) = (re.fullmatch(rf"\+?(.+?)((?:{UNIT})*)", text).groups() for text in (a, b))
     if unit != other and {unit, other} <= COMPARED:
         return False
     if a == b or re.fullmatch(WORDS, a) or re.fullmatch(WORDS, b):
-        return a[:1].lower() + a[1:] == b[:1].lower() + b[1:] != " "
+        return a[:1].lower() + a[1:] == b[:1].lower() + b[1:]
     try:
         x, y = expression(a), expression(b)
         if isinstance(x, Expr) and isinstance(y, Expr):
@@ -276,7 +277,7 @@ def start(workers=2):
     """Start the children (`grade` does so if need be)."""
     with _lock:
         if os.getpid() not in _pools:  # threads do not survive a fork
-            _pools[os.getpid()] = ThreadPoolExecutor(workers, "reward", initializer=spawn)
+            _pools[os.getpid()] = ThreadPoolExecutor(workers, "reward")
             for _ in range(workers):
                 _pools[os.getpid()].submit(ask, "x", "x")
     return _pools[os.getpid()]
@@ -300,6 +301,8 @@ def hear(seconds):
 
 def ask(gold, answer):
     """The verdict of this thread's child: right, wrong, timeouts, kills, or failed if it cannot even start."""
+    if not hasattr(_mine, "child"):
+        spawn()
     for _ in range(3):  # more than once only if someone else killed the child
         try:
             _mine.ready = _mine.ready or hear(START_SECONDS) == "ready"

@@ -23,7 +23,7 @@ import torch.distributed as dist
 import ranks
 from buffer import Group
 from data import Prompt
-from logprobs import Scorer, Sequence, pack
+from logprobs import Scorer, Sequence, check_model, pack
 
 
 def request_seed(seed: int, step: int, prompt: int, sample: int) -> int:
@@ -70,7 +70,9 @@ def load_model(path: str, gradient_checkpointing: bool = False):
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    return model.to(device).eval(), tokenizer, sorted(stop - {None})
+    model = model.to(device).eval()
+    check_model(model)
+    return model, tokenizer, sorted(stop - {None})
 
 
 def make_groups(prompts: list[Prompt], n: int, step: int, tokens: list, logprobs: list, truncated: list) -> list[Group]:
@@ -89,6 +91,9 @@ class TransformersEngine:
         self.stop = torch.tensor(sorted(stop_ids), device=model.device)
         self.batch_size = batch_size  # answers decoded side by side; bounds the KV cache
         self.autocast = torch.autocast(model.device.type, torch.bfloat16, enabled=dtype == "bfloat16")
+
+    def close(self) -> None:
+        pass
 
     def sleep(self) -> None:
         """Nothing to give up: the KV cache went with the last batch."""
@@ -216,10 +221,10 @@ class VLLMEngine:
 
     def generate(self, prompts: list[Prompt], n: int, seed: int, step: int, temperature=None, limit=0) -> list[Group]:
         """`n` answers to each prompt, as groups born at `step`, without rewards. limit: other than `max_tokens`."""
-        from vllm import SamplingParams
-
         if self.asleep:
             raise RuntimeError("the engine is asleep and would wait for ever: call sync first")
+        from vllm import SamplingParams
+
         temperature, parts, place = self.temperature if temperature is None else temperature, [prompts], 0
         if self.peers:  # ranks that share an engine ask for the prompts of all of them, and keep what answers their own
             parts, place = [None] * self.peers.size(), self.peers.rank()
@@ -236,6 +241,10 @@ class VLLMEngine:
         logprobs = [torch.tensor(answer.logprobs.logprobs, dtype=torch.float32) for answer in answers]
         truncated = [answer.finish_reason != "stop" for answer in answers]
         return make_groups(prompts, n, step, tokens, logprobs, truncated)[first : first + own]
+
+    def close(self) -> None:
+        """To be called before the process group goes, which vLLM takes apart as well."""
+        self.llm.llm_engine.engine_core.shutdown()
 
     def sleep(self) -> None:
         """Frees the KV cache, and the weights too: `sync` brings all of them anyway."""
@@ -344,6 +353,6 @@ def make_engine(kind: str, model, model_path: str, stop_ids, cfg) -> Transformer
         return VLLMEngine(model, model_path, stop_ids, cfg)
     except (ImportError, KeyError, ValueError, RuntimeError) as error:
         raise ValueError(
-            f"vLLM cannot run {model_path}: {' '.join(str(error).split())[:400]} ({type(error).__name__}). If memory is "
-            "short, set --kv-cache-gb or lower --gpu-memory; else use --engine transformers"
+            f"vLLM cannot run {model_path}: {' '.join(str(error).split())[:400]} ({type(error).__name__}); if memory "
+            "is short, set --kv-cache-gb or lower --gpu-memory; else use --engine transformers"
         ) from error

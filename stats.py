@@ -77,9 +77,9 @@ def pass_at(k: int, n: int, right: int) -> float:
     return 1 - math.comb(n - right, k) / math.comb(n, k)
 
 
-def vote(right: list[bool], spellings: list[str | None]) -> float:
+def vote(right: list[bool], spellings: list[str]) -> float:
     """Chance that a commonest answer is right, ties drawn by lot. All right answers are one, however they are spelt; no
-    answer is no vote."""
+    answer ("") is no vote."""
     votes = Counter(True if ok else answer for ok, answer in zip(right, spellings, strict=True) if ok or answer)
     winners = [answer for answer, count in votes.items() if count == max(votes.values())]
     return (True in winners) / max(len(winners), 1)
@@ -169,12 +169,14 @@ def table(results: dict) -> str:
     """Accuracies in per cent with their 95 % intervals."""
     rows = dict(results["benchmarks"])
     ks = sorted({int(k) for row in rows.values() for k in row["pass"]})
-    header = f"{'':12}{'problems':>8}{'k':>4}{'avg@k':>8}  {'95 % interval':16}"
+    rows |= {"macro mean": results["macro"]} if len(rows) > 1 else {}
+    wide = max(map(len, rows))
+    header = f"{'':{wide}}{'problems':>10}{'k':>4}{'avg@k':>8}  {'95 % interval':16}"
     lines = [header + "".join(f"{f'pass@{k}':>8}" for k in ks) + f"{'maj@k':>8}{'tokens':>9}{'cut off':>9}{'AES':>7}"]
-    for name, row in (rows | {"macro mean": results["macro"]} if len(rows) > 1 else rows).items():
+    for name, row in rows.items():
         avg = row["avg"]
         interval = f"[{avg['low']:.1%}, {avg['high']:.1%}]"
-        line = f"{name:12}{avg['n']:>8}{row.get('samples', ''):>4}{avg['mean']:8.1%}  {interval:16}"
+        line = f"{name:{wide}}{avg['n']:>10}{row.get('samples', ''):>4}{avg['mean']:8.1%}  {interval:16}"
         means = [row.get("pass", {}).get(str(k)) for k in ks] + [row.get("majority")]
         line += "".join(f"{value['mean']:8.1%}" if value else f"{'':8}" for value in means)
         aes = f"{row['aes']:.2f}" if "aes" in row else "-"
@@ -200,11 +202,12 @@ def compare(a: dict, b: dict, paths: list[str]) -> str:
     lines += [f"note: {key} {x} in A, {b['settings'].get(key)} in B" for key, x in a["settings"].items()
               if key not in ("model", "weights") and x != b["settings"].get(key)]  # fmt: skip
     lines += [f"note: {name} is in one of them only" for name in a["benchmarks"].keys() ^ b["benchmarks"].keys()]
-    lines += [f"{'':12}{'problems':>8}{'B - A':>8}  {'95 % interval':16}{'p':>8}{'needed':>10}{'seen':>8}"]
+    wide = max(map(len, found))
+    lines += [f"{'':{wide}}{'problems':>10}{'B - A':>8}  {'95 % interval':16}{'p':>8}{'needed':>10}{'seen':>8}"]
     for name, d in found.items():
         interval = f"[{100 * d['low']:+.1f}, {100 * d['high']:+.1f}]"
         lines.append(
-            f"{name:12}{d['n']:8}{100 * d['mean']:+8.1f}  {interval:16}{d['p']:8.3g}{d['needed'] or '-':>10}"
+            f"{name:{wide}}{d['n']:10}{100 * d['mean']:+8.1f}  {interval:16}{d['p']:8.3g}{d['needed'] or '-':>10}"
             f"{100 * d['seen']:8.1f}"
         )
     return "\n".join(lines) + (

@@ -1,8 +1,10 @@
-"""Prompts: the embedded task, local files, and every way in which a file can be wrong."""
+"""Prompts: the embedded task, local files, known data sets in their own shapes, and every way to be wrong."""
 
 import json
 import random
+from collections import Counter
 
+import datasets
 import pytest
 
 import data
@@ -44,8 +46,6 @@ def write(folder, name, text):
 @pytest.mark.parametrize(("problem", "answer"), [("problem", "answer"), ("prompt", "solution"), ("question", "answer")])
 @pytest.mark.parametrize("kind", ["jsonl", "json", "parquet", "csv"])
 def test_files_with_the_usual_columns_are_read(tmp_path, kind, problem, answer):
-    import datasets
-
     rows = [{problem: f"what is {i}?", answer: str(i), "other": "x"} for i in range(5)]
     path = str(tmp_path / f"file.{kind}")
     if kind == "parquet":
@@ -97,11 +97,11 @@ def test_missing_file_and_wrong_encoding(tmp_path):
 
 
 def test_held_out_problems_are_never_trained_on():
-    pairs = [(f"problem {i % 30}", str(i)) for i in range(90)]  # each problem three times
+    pairs = [(f"problem {i}", str(i)) for i in range(90)]
     training, held_out = data.split(pairs, 10)
-    assert len(held_out) == 10 and not {p for p, _ in training} & {p for p, _ in held_out}
-    assert len(training) == 60
-    assert data.split(pairs, 10) == (training, held_out)
+    assert len(training) == 80 and len(held_out) == 10 and sorted(training + held_out) == sorted(pairs)
+    assert training == sorted(training, key=pairs.index)
+    assert data.split(pairs, 10) == (training, held_out) != data.split(pairs, 10, seed=1)
 
 
 def test_long_prompts_are_left_out_and_counted_never_cut():
@@ -109,6 +109,366 @@ def test_long_prompts_are_left_out_and_counted_never_cut():
     prompts, skipped = data.encode([("12+3=", "15"), ("0012+0003=", "15"), ("1+1=", "2")], tokenizer, 5)
     assert skipped == 1 and [p.text for p in prompts] == ["12+3=", "1+1="]
     assert [p.index for p in prompts] == [0, 1] and len(prompts[0].ids) == 5
+
+
+# ---------------------------------------------------------------- known data sets
+
+THINK = " Let's think step by step and output the final answer within \\boxed{}."
+DAPO_BEFORE = (
+    "Solve the following math problem step by step. The last line of your response should be of the form Answer: "
+    "$Answer (without quotes) where $Answer is the answer to the problem.\n\n"
+)
+DAPO_AFTER = '\n\nRemember to put your answer on its own line after "Answer:".'
+
+
+def user(text: str) -> list[dict]:
+    return [{"role": "user", "content": text}]
+
+
+# name, rows as the data set has them, what becomes of them
+SHAPES = [
+    (
+        "polaris",
+        [
+            {"problem": "What is $1+1$?" + THINK, "answer": "2", "difficulty": "7/8"},
+            {"problem": "Find $x$.", "answer": "\\frac{1}{2}", "difficulty": "0/8"},
+            {"problem": "Prove it.", "answer": "", "difficulty": "1/8"},
+        ],
+        [("What is $1+1$?", "2"), ("Find $x$.", "\\frac{1}{2}")],
+    ),
+    (
+        "dolci",
+        [
+            {"messages": user("one"), "ground_truth": "1", "dataset": "math", "prompt": "user: one"},
+            {"messages": user("user: two"), "ground_truth": "2", "dataset": "math", "prompt": "user: two"},
+        ],
+        [("one", "1"), ("two", "2")],
+    ),
+    (
+        "dolci",
+        [{"messages": user("three"), "ground_truth": ["3"], "dataset": ["math"], "prompt": "user: three"}],
+        [("three", "3")],
+    ),
+    (
+        "dolci-think",
+        [
+            {"messages": user("write a poem"), "ground_truth": ["x"], "dataset": ["general-quality"]},
+            {"messages": user("sort"), "ground_truth": ["assert f"], "dataset": ["code"]},
+            {"messages": user("three"), "ground_truth": ["{rule}", "3"], "dataset": ["ifeval", "math"]},
+        ],
+        [("three", "3")],
+    ),
+    ("dolci", [{"prompt": "user: four", "ground_truth": "4", "dataset": "math"}], [("four", "4")]),
+    (
+        "dapo",
+        [{"prompt": "What is 5?", "solution": "5", "data_source": "math_dapo", "ability": "MATH"}],
+        [("What is 5?", "5")],
+    ),
+    (
+        "dapo-raw",
+        [
+            {
+                "data_source": "math_dapo",
+                "prompt": user(f"{DAPO_BEFORE}What is {i}?{DAPO_AFTER}"),
+                "ability": "MATH",
+                "reward_model": {"ground_truth": str(i), "style": "rule-lighteval/MATH_v2"},
+                "extra_info": {"index": f"{i}-abc"},
+            }
+            for i in (34, 35, 34, 34)
+        ],
+        [("What is 34?", "34"), ("What is 35?", "35")],
+    ),
+    (
+        "gsm8k",
+        [{"question": "How many?", "answer": "He has 2*600=<<2*600=1200>>1200.\nSo\n#### 1,200"}],
+        [("How many?", "1200")],
+    ),
+    (
+        "math",
+        [
+            {
+                "problem": "a",
+                "level": "Level 5",
+                "type": "Algebra",
+                "solution": "So $\\boxed{x}$, or \\boxed{\\frac{1}{2}}.",
+            },
+            {"problem": "b", "level": "Level 1", "type": "Algebra", "solution": "It is $\\boxed 5$."},
+            {
+                "problem": "c",
+                "level": "Level 1",
+                "type": "Algebra",
+                "solution": "Unclosed: \\boxed{",
+            },
+        ],
+        [("a", "\\frac{1}{2}"), ("b", "5")],
+    ),
+    ("math", [{"problem": "a", "answer": "7", "solution": "\\boxed{8}"}], [("a", "7")]),
+]
+
+
+@pytest.mark.parametrize("hub", [True, False], ids=["hub", "copy"])
+@pytest.mark.parametrize(("name", "rows", "expected"), SHAPES, ids=[f"{s[0]}{i}" for i, s in enumerate(SHAPES)])
+def test_known_data_sets_in_their_own_shapes(tmp_path, monkeypatch, name, rows, expected, hub):
+    asked = []
+    if hub:
+        monkeypatch.setattr(
+            datasets, "load_dataset", lambda *args, **kw: asked.append((args, kw)) or datasets.Dataset.from_list(rows)
+        )
+    else:
+        name = f"{name}={write(tmp_path, 'copy.jsonl', chr(10).join(map(json.dumps, rows)))}"
+    pairs, line = data.prepare(name, {})
+    assert pairs == expected
+    assert f"{len(rows)} rows" in line and data.fingerprint(expected)[:16] in line
+    if hub:
+        source = data.SOURCES[name]
+        assert asked == [((source[0], source[1]), {"split": "train", "revision": source[2]})]
+
+
+def test_what_was_left_out_is_counted():
+    rows = [{"problem": p, "answer": a} for p, a in [("x", "1"), ("X.", "1"), ("x!!", "1"), ("x ", "2"), ("y", None)]]
+    counts = Counter()
+    assert len(data.from_rows(rows, "hub", left_out=counts)) == 4
+    assert counts == {"without problem or answer": 1}
+
+
+def test_repeats_and_overlap_are_left_out_and_counted(tmp_path):
+    problems = [
+        ("What is $2^{10}$?", "1024"),
+        ("what is 2^10", "1024"),
+        ("What is  $2^{10}$ ?", "1,024"),
+        ("AIME one!", "3"),
+    ]
+    problems += [("aime\nOne", "3"), ("A MATH-500 one", "4"), ("new", "5")]
+    path = write(tmp_path, "a.jsonl", "\n".join(json.dumps({"problem": p, "answer": a}) for p, a in problems))
+    pairs, line = data.prepare(path, {"aime24": ["AIME  one."], "math500": ["other", user("a math-500 one" + THINK)]})
+    assert pairs == [("What is $2^{10}$?", "1024"), ("new", "5")]
+    for part in (
+        "7 rows",
+        "2 repeated",
+        "1 of these with another answer",
+        "2 in aime24",
+        "1 in math500",
+        "left 2 problems",
+    ):
+        assert part in line
+    with pytest.raises(ValueError, match="no problem is left: 7 rows, 6 in x, 1 in y"):
+        data.prepare(path, {"x": ["what is 2^10", "aime one", "a math-500 one"], "y": ["new"]})
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "same"),
+    [
+        ("What is $\\dfrac{1}{2}$?", "what is \\( \\frac12 \\)", True),
+        ("Let $\\left(x, y\\right)$ be", "let (x,y) be", True),
+        ("a non-negative integer\u2014odd", "A nonnegative integer odd", True),
+        ("user: How?" + THINK, "How?", True),
+        (DAPO_BEFORE + "How?" + DAPO_AFTER, "how", True),
+        ("3\u22124", "3-4", True),
+        ("3+4=", "3-4=", False),
+        ("1.5", "15", False),
+        ("(1+2)*3", "1+(2*3)", False),
+        ("x < 3", "x > 3", False),
+        ("Find n!", "find n", False),
+        ("Good luck!", "good luck", True),
+        ("\u6c42 x", "\u6c42 y", False),
+        ("?", "!?!", False),
+    ],
+)
+def test_which_problems_are_the_same(one, other, same):
+    assert (data.normal(one) == data.normal(other)) == same
+
+
+def test_difficulty_keeps_pass_rates_within_the_range_and_counts_the_others(tmp_path):
+    rows = [{"problem": f"p{i}", "answer": "1", "difficulty": f"{i}/8"} for i in range(9)]
+    rows += [{"problem": "p9", "answer": "1", "difficulty": None}, {"problem": "p10", "answer": "1", "difficulty": 0.5}]
+    path = write(tmp_path, "a.jsonl", "\n".join(map(json.dumps, rows)))
+    for name in (path, f"polaris={path}"):
+        pairs, counts = data.load(name, difficulty=(0.125, 0.5))
+        assert [problem for problem, _ in pairs] == ["p1", "p2", "p3", "p4", "p10"]
+        assert counts["outside --difficulty"] == 6
+        with pytest.raises(ValueError, match="no row is left"):
+            data.load(name, difficulty=(0.9, 0.95))
+    path = write(tmp_path, "b.jsonl", '{"problem": "x", "answer": "1", "difficulty": "hard"}')
+    with pytest.raises(ValueError, match="row 1: difficulty 'hard' is no pass rate"):
+        data.load(path, difficulty=(0, 1))
+    path = write(tmp_path, "c.jsonl", '{"problem": "x", "answer": "1"}')
+    with pytest.raises(ValueError, match="lacks difficulty.*it has problem, answer"):
+        data.load(path, difficulty=(0, 1))
+    with pytest.raises(ValueError, match="lacks dataset.*it has problem, answer"):
+        data.load(f"dolci={path}")
+
+
+@pytest.mark.parametrize(
+    ("value", "answer"),
+    [
+        (5, "5"), (0, "0"), (None, ""), ("  ", ""), ([], ""), (["1", "2"], "1"), ({"ground_truth": "3"}, "3"),
+        ("\\boxed{\\frac{1}{2}} then \\boxed{3", "\\frac{1}{2}"), ("\\boxed{1", ""), ("\\fbox{7}", "7"),
+        ("a #### b #### -1,234", "-1234"), ("1,234", "1,234"), ("word " * 100, ""),
+        ("\\boxed{\\text{(C)}}", "\\text{(C)}"),
+    ],
+)  # fmt: skip
+def test_final_answer(value, answer):
+    assert data.final_answer(value) == answer
+
+
+# ---------------------------------------------------------------- the hub and its errors
+
+
+def hub(tmp_path, rows):
+    """A folder that `datasets` reads as it reads a data set of the hub."""
+    (tmp_path / "set").mkdir()
+    write(tmp_path / "set", "train.jsonl", "\n".join(map(json.dumps, rows)))
+    return str(tmp_path / "set")
+
+
+def test_other_data_sets_by_their_columns(tmp_path, monkeypatch):
+    folder, load = hub(tmp_path, [{"q": "1+1" + THINK, "gold": 2}]), datasets.load_dataset
+    monkeypatch.setattr(
+        datasets, "load_dataset", lambda name, *args, **kw: load({"a/b-1.5": folder}[name], *args, **kw)
+    )
+    assert data.load("a/b-1.5", "q", "gold")[0] == [("1+1", "2")]
+    with pytest.raises(
+        ValueError, match=r"^a/b-1.5 has no column 'problem' or .*; it has q, gold: .*--problem-column$"
+    ):
+        data.load("a/b-1.5")
+    with pytest.raises(ValueError, match=r"has no column 'answer' or 'solution'; it has q, gold: .*--answer-column$"):
+        data.load("a/b-1.5", "q")
+    with pytest.raises(
+        ValueError, match=r"a/b-1.5 cannot be loaded \(Unknown split .*train.*--data-split.*FILE.parquet"
+    ):
+        data.load("a/b-1.5", "q", "gold", split="test")
+    with pytest.raises(ValueError, match=r"BuilderConfig 'en' not found. Available: .*--data-config"):
+        data.load("a/b-1.5", "q", "gold", config="en")
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (ConnectionError("Couldn't reach 'x' on the Hub"), "is there a network.*give --data gsm8k=FILE.parquet"),
+        (
+            datasets.exceptions.DatasetNotFoundError("Dataset 'x' is a gated dataset on the Hub."),
+            "gated.*hf auth login",
+        ),
+        (datasets.exceptions.DatasetNotFoundError("Revision 'y' doesn't exist"), "Revision 'y'.*--data-revision"),
+        (ValueError("Config name is missing.\nPlease pick one among: ['main', 'socratic']"), "socratic.*--data-config"),
+    ],
+)
+def test_errors_of_the_hub_are_one_line_that_says_how_to_go_on(monkeypatch, error, words):
+    def fail(*_, **__):
+        raise error
+
+    monkeypatch.setattr(datasets, "load_dataset", fail)
+    with pytest.raises(ValueError, match=words) as caught:
+        data.load("gsm8k", revision="y")
+    assert "\n" not in str(caught.value) and str(caught.value).startswith("openai/gsm8k cannot be loaded")
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "words"),
+    [
+        ("polariss", {}, "no data 'polariss': say polaris, dolci, dapo, gsm8k, math"),
+        ("/nowhere/x.jsonl", {}, "no data file at /nowhere/x.jsonl"),
+        ("polaris=/nowhere/x.jsonl", {}, "no data file at /nowhere/x.jsonl"),
+        ("x.jsonl", {"revision": "abc"}, "--data-revision are for the hub, and x.jsonl is a file"),
+    ],
+)
+def test_names_that_mean_nothing(name, options, words):
+    with pytest.raises((ValueError, OSError), match=words):
+        data.load(name, **options)
+
+
+def test_benchmarks_that_cannot_be_had_are_named_and_without_network_not_all_tried():
+    def broken(name):
+        if name == "b":
+            raise ValueError("b is broken")
+        return [f"{name} problem"]
+
+    assert data.evaluation_problems(["a", "b", "c"], broken) == ({"a": ["a problem"], "c": ["c problem"]}, ["b"])
+    tried = []
+
+    def unreachable(name):
+        tried.append(name)
+        if name == "a":
+            return []
+        raise ValueError("no network") from ConnectionError()
+
+    assert data.evaluation_problems(["a", "b", "c", "d"], unreachable) == ({"a": []}, ["b", "c", "d"])
+    assert tried == ["a", "b"]
+
+
+def test_fingerprint_is_of_problems_answers_and_their_order():
+    pairs = [("a", "1"), (user("b"), "2")]
+    assert data.fingerprint(pairs) == data.fingerprint(list(pairs)) and len(data.fingerprint(pairs)) == 64
+    for other in ([("a", "1"), (user("b"), "3")], [("a", "1"), (user("c"), "2")], pairs[::-1], pairs[:1]):
+        assert data.fingerprint(other) != data.fingerprint(pairs)
+
+
+# ---------------------------------------------------------------- what the model sees
+
+
+def words_tokenizer(bos: bool = False):
+    """One token a word; with `bos` one is put before plain text, as Llama's tokenizer does."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    text = "<s> user assistant system x " + data.INSTRUCTION + THINK + " think off on"
+    vocabulary = {word: i for i, word in enumerate(["<unk>", *dict.fromkeys(text.split())])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    if bos:
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single="<s> $A", special_tokens=[("<s>", vocabulary["<s>"])]
+        )
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>")
+
+
+PLAIN_CHAT = (
+    "{% for m in messages %}{{ m.role }} {{ m.content }} {% endfor %}{% if add_generation_prompt %}assistant{% endif %}"
+)
+THINKING_CHAT = PLAIN_CHAT + "{% if enable_thinking is defined and enable_thinking is false %} think off{% endif %}"
+
+
+def seen(tokenizer, problem, **options) -> str:
+    (prompt,), skipped = data.encode([(problem, "1")], tokenizer, 100, **options)
+    assert skipped == 0
+    return tokenizer.decode(prompt.ids)
+
+
+def test_chat_models_are_asked_for_a_box_exactly_once():
+    tokenizer = words_tokenizer()
+    tokenizer.chat_template = PLAIN_CHAT
+    asked = " ".join(data.INSTRUCTION.split())
+    assert seen(tokenizer, "x") == f"user x {asked} assistant"
+    assert seen(tokenizer, "x" + THINK) == f"user x{THINK} assistant"
+    assert seen(tokenizer, "x" + data.INSTRUCTION) == f"user x {asked} assistant"
+    assert seen(tokenizer, "x \\boxed{}").endswith(f"{asked} assistant")  # a blank to fill in is not an instruction
+    messages = [{"role": "system", "content": "on"}, {"role": "user", "content": "x"}]
+    assert seen(tokenizer, messages) == "system on user x assistant"
+
+
+def test_thinking_reaches_templates_that_know_it_and_is_refused_by_others():
+    tokenizer = words_tokenizer()
+    tokenizer.chat_template = THINKING_CHAT
+    assert seen(tokenizer, "x", thinking=False).endswith("assistant think off")
+    assert seen(tokenizer, "x", thinking=True).endswith("assistant") and seen(tokenizer, "x").endswith("assistant")
+    tokenizer.chat_template = PLAIN_CHAT
+    for thinking in (True, False):
+        with pytest.raises(ValueError, match="--thinking.*chat template does not know enable_thinking"):
+            seen(tokenizer, "x", thinking=thinking)
+    with pytest.raises(ValueError, match="--thinking.*no chat template"):
+        seen(words_tokenizer(), "x", thinking=True)
+
+
+@pytest.mark.parametrize("bos", [True, False])
+def test_one_bos_at_most(bos):
+    tokenizer = words_tokenizer(bos)
+    start = "<s> " if bos else ""
+    assert seen(tokenizer, "x") == start + "x"  # without a chat template: plain text, and no instruction
+    assert seen(tokenizer, "<s> x") == "<s> x"
+    tokenizer.chat_template = "<s> " + PLAIN_CHAT
+    assert seen(tokenizer, user("x")) == "<s> user x assistant"
+    tokenizer.chat_template = "<s> <s> " + PLAIN_CHAT
+    assert seen(tokenizer, user("x")) == "<s> user x assistant"
 
 
 def test_chat_template_is_applied_once_as_ids():

@@ -15,7 +15,7 @@ import grpo
 import tiny
 from config import Config
 from grpo import advantages, k3, policy_loss, token_weights, update
-from logprobs import Scorer, Sequence, model_logprobs, pack, share_out, token_logprobs
+from logprobs import Scorer, Sequence, check_model, model_logprobs, pack, share_out, token_logprobs
 
 VOCABULARY, PAD, EOS = 23, 0, 1
 F64 = torch.float64
@@ -629,7 +629,7 @@ def naive_loss(model, sequences, cfg, old=None, reference=None):
     for i, s in enumerate(sequences):
         logprob, _ = naive_logprobs(model, s, cfg.temperature)
         before = logprob.detach() if old is None else old[i]
-        w = torch.exp(before - s.behaviour).clamp(max=cfg.is_cap or math.inf)
+        w, start = torch.exp(before - s.behaviour).clamp(max=cfg.is_cap or math.inf), before
         if cfg.proximal == "birth":
             before = s.behaviour
         if cfg.proximal == "birth" or cfg.is_cap == 0:
@@ -645,7 +645,8 @@ def naive_loss(model, sequences, cfg, old=None, reference=None):
         if reference is not None:
             with torch.no_grad():
                 anchor, _ = naive_logprobs(reference, s, cfg.temperature)
-            value = value + cfg.kl * (torch.exp(anchor - logprob) - 1 - (anchor - logprob)).sum()
+            k3_terms = torch.exp(anchor - logprob) - 1 - (anchor - logprob)
+            value = value + cfg.kl * (k3_terms * torch.exp(logprob - start)).sum()
         divisor = {"token": tokens, "sequence": answers * len(s.tokens), "constant": answers * cfg.max_tokens}
         total = total + s.count * value / divisor[cfg.normaliser]
     return total
@@ -723,13 +724,31 @@ class Calls:
         self.count += 1
 
 
-@pytest.mark.parametrize(("minibatches", "steps", "forwards"), [(1, 1, 1), (2, 2, 4), (3, 3, 6), (50, 6, 12)])
-def test_one_optimiser_step_a_minibatch_and_one_old_pass_if_any(minibatches, steps, forwards):
+@pytest.mark.parametrize(
+    ("minibatches", "epochs", "steps", "forwards"),
+    [(1, 1, 1, 1), (2, 1, 2, 2 + 2), (3, 1, 3, 3 + 3), (50, 1, 6, 6 + 6), (1, 2, 2, 1 + 2), (2, 3, 6, 2 + 6)],
+)
+def test_one_optimiser_step_a_minibatch_and_one_old_pass_if_any(minibatches, epochs, steps, forwards):
     model = small_model()
     sequences, optimizer, calls = with_behaviour(model, random_sequences(6, seed=8)), Recorder(model), Calls(model)
-    figures = update(model, optimizer, sequences, settings(minibatches=minibatches), 0)
+    figures = update(model, optimizer, sequences, settings(minibatches=minibatches, epochs=epochs), 0)
     assert (len(optimizer.seen), figures["optimizer_steps"], calls.count) == (steps, steps, forwards)
-    assert figures["trained_tokens"] == sum(len(s.tokens) for s in sequences)
+    assert figures["trained_tokens"] == epochs * sum(len(s.tokens) for s in sequences)
+
+
+def test_epochs_share_one_old_policy():
+    model, cfg = small_model(), settings(epochs=3, clip_low=0.02, clip_high=0.02)
+    sequences = with_behaviour(model, random_sequences(6, seed=23))
+    _, seen, figures = run_update(model, sequences, cfg, lr=0.2)
+    with torch.no_grad():
+        old = [naive_logprobs(model, s)[0] for s in sequences]
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.2)
+    for ours in seen:
+        optimizer.zero_grad()
+        naive_loss(model, sequences, cfg, old).backward()
+        assert_same_gradients(ours, gradients(model), 1e-4)
+        optimizer.step()
+    assert figures["clip_fraction"] > 0
 
 
 def test_pi_old_is_fixed_during_all_minibatches(monkeypatch):
@@ -910,13 +929,13 @@ def test_ranks_share_out_all_sequences_evenly(world):
         assert len(loads) == 1
 
 
-RANKS = {"minibatches": 3, "tokens_per_microbatch": 20, "proximal": "birth", "grad_clip": 0.5, "kl": 0.1}
+RANKS = {"minibatches": 4, "epochs": 2, "tokens_per_microbatch": 20, "proximal": "birth", "grad_clip": 0.5, "kl": 0.1}
 
 
 def rank_case():
-    """Minibatches of 3, 3 and 2 answers, one of them long: ranks have unequal numbers of micro-batches."""
+    """Minibatches of 2, 2, 2 and 1 answers: ranks have unequal numbers of micro-batches, and once none."""
     model = small_model()
-    sequences = with_behaviour(model, random_sequences(8, seed=21))
+    sequences = with_behaviour(model, random_sequences(7, seed=21))
     sequences[0] = dataclasses.replace(sequences[0], prompt=(2,) * 40)
     return model, small_model(seed=22).requires_grad_(False), sequences
 
@@ -1011,7 +1030,7 @@ TRL = {  # TRL's options -> ours; its dual clip is `delta`, and its CISPO bound 
         {"ratio": "sequence", "clip_low": 0.03, "clip_high": 0.04},
     ),
     "cispo": ({"loss_type": "cispo", "epsilon_high": 1.28}, {"loss": "cispo"}),
-    "kl": ({"loss_type": "dapo", "use_bias_correction_kl": False}, {"kl": 0.1}),
+    "kl": ({"loss_type": "dapo"}, {"kl": 0.1}),
 }  # fmt: skip
 
 
@@ -1046,7 +1065,7 @@ def test_loss_and_gradient_equal_those_of_trl(tmp_path, theirs, ours, corrected)
         loss, flags = policy_loss(
             logprob, before, behaviour, advantage, weight, micro.segment, cap=2.0 if corrected else 0, **CLIP | ours
         )
-        loss = loss + kl * (weight * k3(logprob, target)).sum()
+        loss = loss + kl * (weight * k3(logprob, target) * torch.exp(logprob - before)).sum()
         loss.backward()
         total += loss.item()
         clipped += flags.tolist()
@@ -1056,3 +1075,16 @@ def test_loss_and_gradient_equal_those_of_trl(tmp_path, theirs, ours, corrected)
     if ours == {"ratio": "token"}:  # TRL counts clipped tokens in the same way here
         share = trainer._metrics["train"]["clip_ratio/region_mean"][0]
         assert sum(clipped) / len(clipped) == pytest.approx(share)
+
+
+def test_models_that_would_get_wrong_log_probs_are_refused():
+    from transformers import GraniteConfig, GraniteForCausalLM
+
+    check_model(small_model("qwen3"))
+    check_model(small_model("llama"))
+    config = GraniteConfig(
+        vocab_size=32, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2
+    )
+    config.logits_scaling = 0.1
+    with pytest.raises(ValueError, match="granite"):
+        check_model(GraniteForCausalLM(config).eval())

@@ -597,7 +597,7 @@ def test_prioritized_05_nothing_starves(n):
 
 
 def test_prioritized_06_explore_one_is_uniform_within_a_batch_also_in_refills():
-    size, steps = 40, 3000
+    size, steps = 40, 1500
     sampler = Prioritized(size, seed=2, explore=1, retest_every=0)
     history = simulate(sampler, mixed_rates(size), range(1, steps + 1), 8, refills=(4,))
     assert all(len(set(row.batch)) == 12 for row in history)
@@ -999,10 +999,10 @@ def test_rollout_replay_06_frequencies_follow_the_advantage(exponent):
     run_store(store, [0], 1, rewards=(1, 0, 0, 0, 0, 0, 0, 0.3))
     state, drawn = store.stored.state_dict(), Counter()
     size = np.array([abs(one.advantages.item()) for one in store.stored])
-    for _ in range(3000):
+    for _ in range(1500):
         store.stored.load_state_dict(state)
         drawn[names(store.complete([group(1, rewards=(1, 0), birth=1)], 8, 1)[1:])[0][2]] += 1
-    expected = 3000 * (size + 1e-6) ** exponent / ((size + 1e-6) ** exponent).sum()
+    expected = 1500 * (size + 1e-6) ** exponent / ((size + 1e-6) ** exponent).sum()
     counts = np.array([drawn[i] for i in range(8)])
     assert ((counts - expected) ** 2 / expected).sum() < 24.3  # chi-squared with 7 degrees of freedom, 0.1 %
 

@@ -33,7 +33,8 @@ def children():
     for entry in filter(str.isdigit, os.listdir("/proc")):
         try:
             with open(f"/proc/{entry}/stat") as file:
-                if int(file.read().rpartition(")")[2].split()[1]) == os.getpid():
+                state, parent = file.read().rpartition(")")[2].split()[:2]
+                if int(parent) == os.getpid() and state != "Z":
                     found.append(int(entry))
         except OSError:  # it ended meanwhile
             pass
@@ -95,7 +96,8 @@ EQUAL = r"""
 -3 ; −3 ; -3.00 ; -\frac{6}{2} ; {-3} ; \frac{9}{-3}
 25 ; 025 ; 25.0 ; 5^2
 0 ; -0 ; 0.0 ; 00 ; 1-1 ; \sin\pi ; 10^{-600}-10^{-600}
-1/2 ; 0.5 ; .5 ; \frac12 ; \frac{1}{2} ; \dfrac{1}{2} ; \tfrac12 ; \cfrac12 ; \frac 1 2 ; 2/4 ; \left(\frac12\right) ; 2^{-1} ; \sin 30^\circ
+1/2 ; 0.5 ; .5 ; \frac12 ; \frac{1}{2} ; \dfrac{1}{2} ; \tfrac12 ; \cfrac12 ; \frac 1 2 ; 2/4
+1/2 ; \left(\frac12\right) ; 2^{-1} ; \sin 30^\circ
 -\frac{1}{2} ; -0.5 ; \frac{-1}{2} ; \frac{1}{-2} ; -1/2
 \frac{270}7 ; \frac{270}{7} ; 270/7 ; 38\frac{4}{7}
 2.5 ; 2\frac{1}{2} ; 2 1/2 ; \frac52 ; 5/2
@@ -121,7 +123,8 @@ x+2y=3 ; 2y+x-3=0 ; 2x+4y=6
 \text{No} ; no ; \text{no}
 \text{June 20} ; June 20
 \text{A and C} ; C, A ; \text{A}, \text{C}
-1,-2 ; -2,1 ; -2 \text{ and } 1 ; -2\text{ or }1 ; \{1,-2\} ; x=1 \text{ or } x=-2 ; x=-2, x=1 ; x \in \{1,-2\} ; 1; -2
+1,-2 ; -2,1 ; -2 \text{ and } 1 ; -2\text{ or }1 ; \{1,-2\} ; x=1 \text{ or } x=-2 ; x=-2, x=1 ; x \in \{1,-2\}
+1,-2 ; 1; -2
 1,2,3 ; 3, 1, and 2 ; \{2,3,1\} ; 1.0, 2, \frac{6}{2}
 100,200 ; 200,100 ; 100, 200
 \{1,2\} ; 2,1 ; \{2,1\} ; \left\{1,2\right\} ; \{1,1,2\}
@@ -137,7 +140,8 @@ x+2y=3 ; 2y+x-3=0 ; 2x+4y=6
 x+y\le3 ; y+x\leq 3 ; 3\geqslant x+y
 \emptyset ; \varnothing ; \{\} ; ∅
 \infty ; +\infty ; ∞
-\begin{pmatrix} 1 & 2 \\ 3 & 4 \end{pmatrix} ; \begin{bmatrix}1&2\\3&4\end{bmatrix} ; \begin{pmatrix} 1.0 & 4/2 \\ 3 & 2^2 \end{pmatrix}
+\begin{pmatrix} 1 & 2 \\ 3 & 4 \end{pmatrix} ; \begin{bmatrix}1&2\\3&4\end{bmatrix}
+\begin{pmatrix} 1 & 2 \\ 3 & 4 \end{pmatrix} ; \begin{pmatrix} 1.0 & 4/2 \\ 3 & 2^2 \end{pmatrix}
 3+4i ; 4i+3 ; 3+4\mathrm{i} ; z=3+4i ; \frac{25}{3-4i}
 -1 ; e^{i\pi} ; i^2 ; \cos\pi
 2\sqrt2 ; \sqrt8 ; \sqrt{8} ; 2√2 ; \frac{4}{\sqrt2} ; 8^{1/2} ; 2^{\frac{3}{2}} ; 2sqrt(2)
@@ -167,9 +171,12 @@ UNEQUAL = r"""
 0 ; 10^{-20} ; 10^{-600} ; \frac{1}{2004!} ; e^{-1000} ; x ; \emptyset ; \{0\ ; \text{zero} ; y-z
 \frac{1}{2004!} ; \frac{1}{2006!}
 12345678901234567890 ; 12345678901234567891 ; 1.2345678901234567891e19
-5 ; 6 ; -5 ; 50 ; 0.5 ; 5.0001 ; 5i ; 5x ; 5! ; 5^2 ; |5|+1 ; e^5 ; \sqrt5 ; \text{five} ; ? ; 5_ ; 5^ ; (5 ; 5) ; 5.5.5
-5 ; 5 \text{ or } 6 ; 5, 6 ; 6,5 ; 5 and 6 ; 5;6 ; 5\ 6 ; 5 \lor 6 ; \{5,6\} ; [5,6] ; 5 \text{ (or maybe } 6) ; 5\pm1 ; \pm5 ; 5,5 ; \text{not }5
-5 ; \neq 5 ; \ge 5 ; > 5 ; x>5 ; x\le5 ; x\neq5 ; \approx 5 ; 6\to5 ; 6 \Rightarrow 5 ; 6 \\ 5 ; 4=5 ; 5=6 ; x=5=6 ; 1=2=3=4=5 ; 2+4=5
+5 ; 6 ; -5 ; 50 ; 0.5 ; 5.0001 ; 5i ; 5x ; 5! ; 5^2 ; |5|+1 ; e^5 ; \sqrt5 ; \text{five} ; ? ; 5_ ; 5^ ; (5 ; 5)
+5 ; 5.5.5
+5 ; 5 \text{ or } 6 ; 5, 6 ; 6,5 ; 5 and 6 ; 5;6 ; 5\ 6 ; 5 \lor 6 ; \{5,6\} ; [5,6] ; 5 \text{ (or maybe } 6)
+5 ; 5\pm1 ; \pm5 ; 5,5 ; \text{not }5
+5 ; \neq 5 ; \ge 5 ; > 5 ; x>5 ; x\le5 ; x\neq5 ; \approx 5 ; 6\to5 ; 6 \Rightarrow 5 ; 6 \\ 5 ; 4=5 ; 5=6
+5 ; x=5=6 ; 1=2=3=4=5 ; 2+4=5
 8 ; 7=8 ; 8=7 ; x=7=8 ; 3(4) ; 24/4
 7 ; 3(4) ; 3 4 ; 3,4
 x=5 ; y=5 ; x=6 ; x=-5 ; x^2=25 ; 6 ; x>5
@@ -186,13 +193,16 @@ M ; m ; Mg
 [2,5) ; [2,5] ; (2,5) ; (2,5] ; 2\le x\le5 ; [2,6)
 (100,200) ; 100200 ; (200,100)
 1000 ; 1.000 ; 1,0000 ; 1 ; 10,00
-(-\infty,2)\cup(3,\infty) ; (-\infty,2]\cup(3,\infty) ; (-\infty,2) ; x<2 ; (-\infty,2)\cap(3,\infty) ; (-\infty,3)\cup(2,\infty)
+(-\infty,2)\cup(3,\infty) ; (-\infty,2]\cup(3,\infty) ; (-\infty,2) ; x<2 ; (-\infty,2)\cap(3,\infty)
+(-\infty,2)\cup(3,\infty) ; (-\infty,3)\cup(2,\infty)
 x>5 ; x\ge5 ; x<5 ; y>5 ; 5
 \infty ; -\infty ; 0 ; \frac10
 \frac10 ; \frac20
 1\pm\sqrt5 ; 1+\sqrt5 ; 1\pm\sqrt3 ; 1-\sqrt5
 \{1\pm\sqrt5,-2\} ; 1\pm\sqrt5 ; 1\pm\sqrt5,2
-\begin{pmatrix}1&2\\3&4\end{pmatrix} ; \begin{pmatrix}1&3\\2&4\end{pmatrix} ; \begin{vmatrix}1&2\\3&4\end{vmatrix} ; \begin{pmatrix}1&2&3&4\end{pmatrix} ; -2
+\begin{pmatrix}1&2\\3&4\end{pmatrix} ; \begin{pmatrix}1&3\\2&4\end{pmatrix}
+\begin{pmatrix}1&2\\3&4\end{pmatrix} ; \begin{vmatrix}1&2\\3&4\end{vmatrix}
+\begin{pmatrix}1&2\\3&4\end{pmatrix} ; \begin{pmatrix}1&2&3&4\end{pmatrix} ; -2
 A^T ; A ; A'
 3+4i ; 3-4i ; 4+3i ; 3+4 ; 7 ; 5
 i ; I ; 1 ; -i ; j
@@ -217,7 +227,6 @@ i ; I ; 1 ; -i ; j
 1.2e3 ; 1.2 ; 1.2\cdot e\cdot 3 ; 1.3e3
 0.\overline{3} ; 0.3 ; 0.\overline{34}
 3:2 ; 2:3 ; 3
-\int_0^1 \sin(1/x)\,dx ; 5
 """
 
 
@@ -251,7 +260,352 @@ def test_gold_in_any_dress(gold):
 
 
 @pytest.mark.parametrize(
-    "gold", [None, "", " ", r"\boxed{}", b"5", float("nan"), ["5"], 10**5000, object(), "\ud800"], ids=lambda gold: type(gold)
+    "gold",
+    [None, "", " ", r"\boxed{}", b"5", float("nan"), ["5"], 10**5000, object(), "\ud800"],
+    ids=lambda gold: type(gold),
 )
 def test_odd_golds_give_no_credit_and_do_not_raise(gold):
     assert reward.grade([box("5"), r"\boxed{\,}", r"\boxed{None}"], [gold] * 3) == [0.0] * 3
+
+
+# ---- rule 6: hostile answers
+
+SLOW = [  # each takes its child's life
+    r"9^{9^{9^{9}}}",
+    "1000000!",
+    r"\binom{1000000000}{500000000}",
+    r"\frac{2^{5000000}-1}{3^{3000000}-1}",
+    "(x+1)^{1000000}",
+    r"\int_0^1\int_0^1\int_0^1 e^{x^{y^z}}dxdydz",
+    "5" + "!" * 50,
+    r"\prod_{k=1}^{10000000} k",
+    "2^{2^{33}}",
+    "((((9)!)!)!)!",
+]
+FAST = [
+    "(" * 100 + "4" + ")" * 100,
+    "[" * 150 + "5" + "]" * 150,
+    "{" * 190 + "5" + "}" * 190 + "+1",
+    r"\frac{1}{1+" * 25 + "1" + "}" * 25,
+    "9" * 100_000,
+    "9" * 399,
+    "0." + "3" * 390,
+    "1e999999999",
+    "1e-999999999",
+    "5\0",
+    "\0",
+    "\ud800",
+    "\udfff5\ud800",
+    "Z\u0351\u036b\u0343\u036a\u0302\u036b\u033d" * 20,
+    "\u202e5",
+    "🙂",
+    "±" * 200,
+    "1±1" * 100,
+    ",".join(map(str, range(100))),
+    ",".join(rf"\sqrt{{{i}}}" for i in range(2, 40)),
+    "x=" * 150 + "7",
+    r"\frac" * 60,
+    r"\sqrt" * 60,
+    r"\text{" * 50 + "}" * 50,
+    "-" * 399 + "5",
+    "a_{" * 90 + "}" * 90,
+    r"\infty-\infty",
+    "0/0",
+    r"\begin{pmatrix}" * 20,
+    "__import__('os').system('exit')",
+    "\n".join(["5"] * 100),
+]
+
+
+@pytest.mark.parametrize("answer", SLOW[:3] + [pytest.param(answer, marks=pytest.mark.slow) for answer in SLOW[3:]])
+def test_a_hostile_answer_costs_three_seconds(answer):
+    reward.counts()
+    begun = time.monotonic()
+    assert score(answer, "5") == 0.0
+    assert time.monotonic() - begun < 4  # where two cores are shared with others
+    assert reward.counts() == counted(timeouts=1)
+    assert score(answer, answer) == 1.0  # the same text needs no arithmetic
+
+
+@pytest.mark.parametrize("answer", FAST, ids=range(len(FAST)))
+def test_a_malformed_answer_is_wrong(answer):
+    reward.counts()
+    begun = time.monotonic()
+    assert score(answer, "5") == 0.0
+    assert time.monotonic() - begun < 4
+    assert sum(reward.counts().values()) == 1
+
+
+def test_long_responses_are_searched_in_linear_time():
+    texts = [
+        "word " * 200_000 + box("5"),
+        "".join(rf"\boxed{{{i}}} " for i in range(20_000)) + box("5"),
+        r"\boxed{" * 50_000 + "5}",
+        "{" * 500_000 + box("5"),
+        "$ " * 200_000 + box("5") + "}" * 200_000,
+        "<think>" * 50_000 + "</think>" * 50_000 + box("5"),
+        r"\boxed{" * 50_000,
+        r"\boxed" + " " * 500_000,
+    ]
+    begun = time.monotonic()
+    assert reward.grade(texts, ["5"] * 8) == [1.0] * 6 + [0.0] * 2
+    assert time.monotonic() - begun < 3
+
+
+def test_good_answers_among_hostile_ones_keep_their_score(fresh):
+    good = [
+        ("5", "5"),
+        (r"\sqrt8", r"2\sqrt2"),
+        ("-2,1", "1,-2"),
+        (r"\text{Evelyn}", "Evelyn"),
+        ("x^2-1", "(x-1)(x+1)"),
+    ]
+    mixed = [(SLOW[0], "5"), *good, (SLOW[1], "5"), *[(answer, "x") for _, answer in good], (SLOW[2], "5")]
+    rewards = reward.grade([box(answer) for answer, _ in mixed], [gold for _, gold in mixed])
+    assert rewards == [0.0] + [1.0] * 5 + [0.0] * 7
+    assert reward.counts() == counted(graded=10, timeouts=3)
+
+
+def test_a_group_of_equal_answers_is_graded_once(fresh):
+    begun = time.monotonic()
+    assert reward.grade([box(SLOW[0])] * 64, ["5"] * 64) == [0.0] * 64
+    assert time.monotonic() - begun < 5
+    assert reward.counts() == counted(timeouts=64)
+
+
+def test_threads(fresh):
+    """Eight at once, each with its own answers and one that is hostile."""
+    rewards = {}
+
+    def run(i):
+        answers = [rf"\sqrt{{{4 * n}}}" for n in range(2, 20)] + ([SLOW[0]] if i == 3 else ["x"])
+        golds = [rf"2\sqrt{{{n + (n % 8 == i)}}}" for n in range(2, 20)] + ["5"]
+        rewards[i] = reward.grade([box(answer) for answer in answers], golds)
+
+    threads = [threading.Thread(target=run, args=[i]) for i in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert rewards == {i: [float(n % 8 != i) for n in range(2, 20)] + [0.0] for i in range(8)}
+
+
+def test_a_child_killed_from_outside_costs_no_score(fresh):
+    reward.grade([box("x"), box("y")], ["y", "z"])
+    first = set(children())
+    golds = [rf"{n}\sqrt{{2}}+\sqrt{{3}}" for n in range(2, 150)]
+    answers = [box(rf"\sqrt{{3}}+\sqrt{{{2 * n * n}}}") for n in range(2, 150)]
+    rewards = []
+    thread = threading.Thread(target=lambda: rewards.extend(reward.grade(answers, golds)))
+    thread.start()
+    time.sleep(0.1)
+    for child in first:
+        os.kill(child, signal.SIGKILL)
+    thread.join()
+    assert rewards == [1.0] * len(golds)
+    assert not first & set(children())
+    for child in children():  # idle ones too
+        os.kill(child, signal.SIGTERM)
+    assert reward.grade(answers[:2] + [box("n")], [*golds[1::-1], "n"]) == [0.0, 0.0, 1.0]
+    assert reward.counts()["reward_failed"] == 0
+
+
+@pytest.mark.slow
+def test_children_stay_below_one_gigabyte(fresh):
+    peaks, done = [], threading.Event()
+
+    def watch():
+        while not done.wait(0.02):
+            for child in children():
+                try:
+                    with open(f"/proc/{child}/status") as file:
+                        peaks.append(int(dict(line.split(":", 1) for line in file)["VmPeak"].split()[0]))
+                except (OSError, KeyError):
+                    pass
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    reward.grade([box(answer) for answer in SLOW], ["5"] * len(SLOW))
+    done.set()
+    thread.join()
+    assert 100_000 < max(peaks) <= reward.MEMORY / 1024
+
+
+def test_a_forked_process_may_grade():
+    assert score(r"\sqrt{12}", r"2\sqrt3") == 1.0
+    with multiprocessing.get_context("fork").Pool(1) as pool:
+        assert pool.apply_async(score, (r"\sqrt{20}", r"2\sqrt5")).get(20) == 1.0
+
+
+SCRIPT = """
+import os, sys, time
+print("main runs")
+sys.path.insert(0, {here!r})
+import reward
+print(reward.grade([r"\\boxed{{\\sqrt8}}"], [r"2\\sqrt2"]))
+for pid in filter(str.isdigit, os.listdir("/proc")):
+    with open("/proc/" + pid + "/stat") as file:
+        if int(file.read().rpartition(")")[2].split()[1]) == os.getpid():
+            print("child", pid, "torch" in open("/proc/" + pid + "/maps").read())
+"""
+
+
+def test_children_leave_main_and_torch_alone_and_end_with_it(tmp_path):
+    """The script has no `if __name__ == "__main__"`, as a notebook has none."""
+    script = tmp_path / "train.py"
+    script.write_text(SCRIPT.format(here=os.path.dirname(os.path.abspath(reward.__file__))))
+    lines = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=30).stdout.splitlines()
+    assert lines[:2] == ["main runs", "[1.0]"]
+    assert len(lines) == 4
+    for _, pid, torch in map(str.split, lines[2:]):
+        assert torch == "False"
+        deadline = time.monotonic() + 5
+        while os.path.exists(f"/proc/{pid}") and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert not os.path.exists(f"/proc/{pid}")
+
+
+# ---- a broken verifier
+
+
+@pytest.fixture
+def broken(fresh, monkeypatch, tmp_path):
+    """Children that cannot import math-verify."""
+    (tmp_path / "math_verify.py").write_text("raise ImportError('no math-verify here')")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+
+
+def test_a_broken_verifier_stops_the_run(broken):
+    golds = [rf"\sqrt{{{n}}}" for n in range(2, 32)]
+    with pytest.raises(RuntimeError, match="verifier failed on 7 of 30 answers"):
+        reward.grade([box(f"{n}x") for n in range(30)], golds)
+    assert reward.grade([box("5")] * 30, [5] * 30) == [1.0] * 30  # these need no verifier
+
+
+def test_a_few_failures_are_counted(broken):
+    assert reward.grade([box("x"), box("5"), "5", box("9" * 500)], ["y", "5", "5", "5"]) == [0.0, 1.0, 0.0, 0.0]
+    assert reward.counts() == counted(failed=1, graded=1, no_box=1, too_long=1)
+    assert reward.counts() == counted()
+
+
+def test_timeouts_do_not_stop_the_run(monkeypatch):
+    reward.counts()
+    monkeypatch.setattr(reward, "ask", lambda gold, answer: "timeouts")
+    assert reward.grade([box(f"{n}x") for n in range(20)], ["y"] * 20) == [0.0] * 20
+    assert reward.counts() == counted(timeouts=20)
+
+
+def test_the_cache_is_bounded_and_keeps_the_latest(monkeypatch):
+    monkeypatch.setattr(reward, "_cache", {})
+    monkeypatch.setattr(reward, "CACHED", 2)
+    for name in "xyxz":
+        score(name, "n")
+    assert list(reward._cache) == [("n", "x"), ("n", "z")]
+
+
+def test_as_many_golds_as_responses():
+    with pytest.raises(ValueError):
+        reward.grade([box("5")] * 2, ["5"])
+
+
+# ---- other rewards
+
+
+@pytest.mark.parametrize(
+    ("response", "gold", "expected"),
+    [
+        ("40503150=05354", "5354", 1),
+        ("40503150=05354", 5354, 1),
+        ("1+1=2", "02", 1),
+        ("0=000", "0", 1),
+        ("=5", "5", 1),
+        ("9" * 50_000 + "=" + "9" * 50_000, "9" * 50_000, 1),
+        ("40503150=5355", "5354", 0),
+        ("40503150", "40503150", 0),
+        ("1=5=5", "5", 0),
+        ("1=", "0", 0),
+        ("1=", "", 0),
+        ("1=0", "", 0),
+        ("1=0", None, 0),
+        ("1= 5", "5", 0),
+        ("1=5 ", "5", 0),
+        ("1=5\n", "5", 0),
+        ("1=+5", "5", 0),
+        ("1=-5", "-5", 0),
+        ("1=1_0", "10", 0),
+        ("1=5.0", "5", 0),
+        ("1=٥", "5", 0),
+        ("1=²", "2", 0),
+        ("1=" + "0" * 100_000 + "x", "5", 0),
+        (None, "5", 0),
+        (b"1=5", "5", 0),
+        ("\ud800=5", "5", 1),
+    ],
+    ids=range(26),
+)
+def test_equation(response, gold, expected):
+    assert reward.load("equation")([response], [gold]) == [float(expected)]
+
+
+def test_random_and_always():
+    responses, golds = [box("5"), "\ud800"] * 500, ["5"] * 1000
+    flips = reward.load("random")(responses, golds)
+    assert set(flips) == {0.0, 1.0} and 400 < sum(flips) < 600
+    assert len(set(flips[::2])) == 2  # equal answers have coins of their own
+    assert flips == reward.load("random")(responses, golds)
+    assert flips != reward.load("random")(responses, ["6"] * 1000)
+    assert reward.load("always")(responses, golds) == [1.0] * 1000
+    assert reward.load("math") is reward.grade
+
+
+def user(tmp_path, line):
+    path = tmp_path / "mine.py"
+    path.write_text(f"import math\n\ndef score(responses, golds):\n    {line}\n\nfive = 5\n")
+    return f"{path}:score"
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "return [float(r == g) for r, g in zip(responses, golds)]",
+        "return tuple(int(r == g) for r, g in zip(responses, golds))",
+        "import numpy; return numpy.array([r == g for r, g in zip(responses, golds)], dtype=numpy.float32)",
+    ],
+)
+def test_a_reward_of_the_user(tmp_path, line):
+    rewards = reward.load(user(tmp_path, line))(["a", "b"], ["a", "c"])
+    assert rewards == [1.0, 0.0] and [type(value) for value in rewards] == [float, float]
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("return [1.0]", "a list of 2 rewards"),
+        ("return 1.0", "a list of 2 rewards"),
+        ("return None", "a list of 2 rewards"),
+        ("return '10'", "a list of 2 rewards"),
+        ("return [1.0, 1.5]", "from 0 to 1, not 1.5"),
+        ("return [1.0, -0.1]", "from 0 to 1, not -0.1"),
+        ("return [1.0, math.nan]", "from 0 to 1, not nan"),
+        ("return [1.0, math.inf]", "from 0 to 1, not inf"),
+        ("return [1.0, None]", "from 0 to 1, not None"),
+        ("return [1.0, '1']", "from 0 to 1, not '1'"),
+    ],
+)
+def test_a_reward_of_the_user_that_returns_the_wrong_thing(tmp_path, line, message):
+    with pytest.raises(ValueError, match=message) as caught:
+        reward.load(user(tmp_path, line))(["a", "b"], ["a", "c"])
+    assert "\n" not in str(caught.value) and "mine.py:score" in str(caught.value)
+
+
+def test_a_reward_that_is_not_there(tmp_path):
+    path = user(tmp_path, "return [1.0]").removesuffix(":score")
+    with pytest.raises(ValueError, match="math, equation"):
+        reward.load("maths")
+    with pytest.raises(ValueError, match="math, equation"):
+        reward.load(path)
+    with pytest.raises(OSError, match="there is no file"):
+        reward.load("nowhere.py:score")
+    for name in ("other", "five", ""):
+        with pytest.raises(ValueError, match="define a function"):
+            reward.load(f"{path}:{name}")

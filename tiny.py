@@ -49,8 +49,8 @@ def make_model(seed: int):
         intermediate_size=256,
         num_hidden_layers=2,
         num_attention_heads=8,
-        num_key_value_heads=4,
-        head_dim=16,
+        num_key_value_heads=2,
+        head_dim=32,  # the smallest that vLLM knows
         max_position_embeddings=64,
         rope_parameters={"rope_type": "default", "rope_theta": 20.0},  # 10,000 cannot tell places this close apart
         tie_word_embeddings=True,

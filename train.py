@@ -246,15 +246,18 @@ def evaluate(run: Run) -> float:
     return ranks.total([mean * len(mine)])[0] / len(run.held_out)
 
 
-def samples(run: Run, groups: list[Group], texts: list[list[str]], step: int, count: int = 2) -> list[dict]:
-    """A few of the step's answers as text."""
-    rows = []
-    for group, answers in list(zip(groups, texts, strict=True))[:count]:
-        prompt = run.prompts[group.prompt]
-        for i in range(min(count, len(answers))):
-            row = {"step": step, "prompt": prompt.text, "response": answers[i], "answer": prompt.answer}
-            rows.append(row | {"reward": group.rewards[i].item(), "truncated": group.truncated[i]})
-    return rows
+def record(run: Run, step: int, groups: list[Group], batch: list[Group], trained: dict, seconds: dict) -> dict:
+    """Counts the step as done, and returns its row of metrics.jsonl."""
+    run.step = step
+    run.rollouts += sum(len(group.tokens) for group in groups)
+    run.tokens += sum(len(tokens) for group in groups for tokens in group.tokens)
+    row = {"step": step} | log.rollout_figures(groups, run.sampler.epochs.replays) | trained
+    row |= {"distinct_prompts": int(run.sampler.epochs.seen.sum()), "rollouts": run.rollouts, "tokens": run.tokens}
+    row |= {"lr": run.cfg.lr, "trained_groups": len(batch)} | run.sampler.figures() | reward.counts()
+    for store in run.stores.values():
+        row |= store.figures(step)
+    row |= {f"seconds_{name}": value for name, value in seconds.items()}
+    return row | {"seconds_total": sum(seconds.values()), "peak_memory_mb": log.peak_memory_mb()}
 
 
 def train(run: Run) -> int:
@@ -263,64 +266,52 @@ def train(run: Run) -> int:
     surplus = run.stores.get("dapo")
     evaluates = cfg.eval_every and run.held_out
     start = {"eval_accuracy_start": evaluate(run)} if evaluates and run.step == 0 else {}
-    quiet = None if ranks.is_main() else True  # None: no bar where there is no terminal
-    progress = tqdm(range(run.step + 1, cfg.steps + 1), initial=run.step, total=cfg.steps, unit="step", disable=quiet)
-    for step in progress:
-        clock, seconds = log.Clock(), dict.fromkeys(("rollout", "reward", "update", "sync"), 0.0)
-        groups: list[Group] = []
-        useful: list[Group] = []  # those with a gradient; dead groups never reach the update
-        texts: list[list[str]] = []
+    progress = log.progress(run)
+    with log.profiler(run.folder, cfg.profile) as profiler:
+        for step in progress:
+            clock, seconds = log.Clock(), dict.fromkeys(("rollout", "reward", "update", "sync"), 0.0)
+            groups: list[Group] = []
+            useful: list[Group] = []  # those with a gradient; dead groups never reach the update
+            texts: list[list[str]] = []
 
-        # Rollouts: one round, or with dynamic sampling (DAPO) as many as fill the batch, within bounds.
-        for _ in range(cfg.max_rounds if surplus else 1):
-            drawn = run.sampler.draw(cfg.prompts_per_step, step)
-            if not drawn:
-                break  # a small data set: every prompt is in this step already
-            mine = rollouts(run, drawn, step)
-            seconds["rollout"] += clock.lap()
-            texts += score(run, mine)
-            new = ranks.gather(mine)  # every rank knows all groups: samplers and stores stay the same everywhere
-            seconds["reward"] += clock.lap()
-            observe(run.sampler, new, step)  # dead groups too: that a prompt is solved is worth knowing
-            groups += new
-            useful += [group for group in new if not group.dead]
-            if surplus and len(surplus.carried) + len(useful) >= cfg.prompts_per_step:
+            # Rollouts: one round, or with dynamic sampling (DAPO) as many as fill the batch, within bounds.
+            for _ in range(cfg.max_rounds if surplus else 1):
+                drawn = run.sampler.draw(cfg.prompts_per_step, step)
+                if not drawn:
+                    break  # a small data set: every prompt is in this step already
+                mine = rollouts(run, drawn, step)
+                seconds["rollout"] += clock.lap()
+                texts += score(run, mine)
+                new = ranks.gather(mine)  # every rank knows all groups: samplers and stores stay the same everywhere
+                seconds["reward"] += clock.lap()
+                observe(run.sampler, new, step)  # dead groups too: that a prompt is solved is worth knowing
+                groups += new
+                useful += [group for group in new if not group.dead]
+                if surplus and len(surplus.carried) + len(useful) >= cfg.prompts_per_step:
+                    break
+
+            # What is trained on: useful fresh groups, stored ones in place of dead ones, stored answers on top.
+            batch = useful
+            for store in run.stores.values():
+                batch = store.complete(batch, cfg.prompts_per_step, step)
+            sequences = training_sequences(run, batch, step)
+
+            run.engine.sleep()  # its memory is the trainer's until the sync
+            trained = grpo.update(run.model, run.optimizer, sequences, cfg, step, run.reference)
+            seconds["update"] += clock.lap()
+            trained["sync_error"] = run.engine.sync(run.model)
+            seconds["sync"] += clock.lap()
+
+            row = record(run, step, groups, batch, trained, seconds) | start
+            start, last = {}, step == cfg.steps or 0 < cfg.max_rollouts <= run.rollouts
+            if evaluates and (step % cfg.eval_every == 0 or last):
+                row["eval_accuracy"] = evaluate(run)
+            log.write(run, row, progress, groups, texts)
+            profiler.step()
+            if stop.agreed() or step % cfg.save_every == 0 or last:
+                checkpoint.save(run)
+            if stop.signal or last:
                 break
-
-        # What is trained on: useful fresh groups, stored ones in place of dead ones, stored answers on top.
-        batch = useful
-        for store in run.stores.values():
-            batch = store.complete(batch, cfg.prompts_per_step, step)
-        run.engine.sleep()
-        trained = grpo.update(run.model, run.optimizer, training_sequences(run, batch, step), cfg, step, run.reference)
-        seconds["update"] += clock.lap()
-        sync_error = run.engine.sync(run.model)
-        seconds["sync"] += clock.lap()
-
-        run.step = step
-        run.rollouts += sum(len(group.tokens) for group in groups)
-        run.tokens += sum(len(tokens) for group in groups for tokens in group.tokens)
-        row = {"step": step} | log.rollout_figures(groups, run.sampler.epochs.replays) | trained
-        row |= {"distinct_prompts": int(run.sampler.epochs.seen.sum()), "rollouts": run.rollouts, "tokens": run.tokens}
-        row |= {"lr": cfg.lr, "sync_error": sync_error, "trained_groups": len(batch)} | run.sampler.figures()
-        for store in run.stores.values():
-            row |= store.figures(step)
-        row |= reward.counts() | start
-        start = {}
-        row |= {f"seconds_{name}": value for name, value in seconds.items()}
-        row |= {"seconds_total": sum(seconds.values()), "peak_memory_mb": log.peak_memory_mb()}
-        last = step == cfg.steps or 0 < cfg.max_rollouts <= run.rollouts
-        if evaluates and (step % cfg.eval_every == 0 or last):
-            row["eval_accuracy"] = evaluate(run)
-        if ranks.is_main():
-            log.append(run.folder / "metrics.jsonl", [row])
-            if "eval_accuracy" in row:
-                log.append(run.folder / "samples.jsonl", samples(run, ranks.share(groups), texts, step))
-            progress.write(log.line(row))
-        if stop.agreed() or step % cfg.save_every == 0 or last:
-            checkpoint.save(run)
-        if stop.signal or last:
-            break
     return stop.signal
 
 
@@ -344,6 +335,7 @@ def main(argv: list[str]) -> int:
     elif ranks.is_main():
         print(log.summary(plot.read(run.folder / "metrics.jsonl")))
         print(f"model: {run.folder / 'model'}, curves: {plot.curves(run.folder)}")
+    run.engine.close()
     ranks.stop()
     return 128 + ended_by if ended_by else 0
 

@@ -107,7 +107,7 @@ def write(run, row: dict, progress, groups: list[Group], texts: list[list[str]])
 
 
 def profiler(folder: Path, on: bool):
-    """A context whose .step() is called after each step; with `on` it writes steps 3 and 4 to trace.json, which opens in
+    """A context whose step() is called after each step; with `on` it writes steps 3 and 4 to trace.json, which opens in
     Perfetto or chrome://tracing."""
     import torch.profiler as tp
 

@@ -80,7 +80,7 @@ def layer_activations(s: dict, tokens: int, longest: int, bfloat16: bool) -> int
     h, q, k, i = s["hidden"], s["queries"], s["keys"], s["mlp"]
     if bfloat16:  # the residual stream is float32; each projection keeps a bf16 copy of its own of what it read
         return tokens * (26 * h + 14 * q + 6 * k + 8 * i + 2 * longest)
-    return tokens * (16 * h + 24 * q + 8 * k + 16 * i + 4 * longest)
+    return tokens * (24 * h + 24 * q + 8 * k + 16 * i + 4 * longest)
 
 
 def kv_cache(s: dict, cfg, gpu: float) -> dict[str, float]:
@@ -103,18 +103,24 @@ def kv_cache(s: dict, cfg, gpu: float) -> dict[str, float]:
     }
 
 
+def activations(s: dict, cfg, checkpointing: bool, backward: bool = True) -> int:
+    """Bytes at the end of a micro-batch's forward pass, or in its backward pass."""
+    longest = cfg.max_prompt_tokens + cfg.max_tokens
+    tokens = max(cfg.tokens_per_microbatch, longest)
+    layer = layer_activations(s, tokens, longest, cfg.dtype == "bfloat16")
+    kept = s["layers"] * (4 * tokens * s["hidden"] if checkpointing else layer)
+    return kept + (layer * checkpointing + layer // 2) * backward
+
+
 def update_memory(s: dict, cfg, count: int) -> dict[str, float]:
     """The update's own: weights as they are computed with, activations, head; at the worse of two moments."""
-    bfloat16, tokens = cfg.dtype == "bfloat16", max(cfg.tokens_per_microbatch, cfg.max_prompt_tokens + cfg.max_tokens)
-    layer = layer_activations(s, tokens, cfg.max_prompt_tokens + cfg.max_tokens, bfloat16)
-    kept = s["layers"] * (4 * tokens * s["hidden"] if cfg.gradient_checkpointing else layer)
+    bfloat16, saved = cfg.dtype == "bfloat16", not cfg.gradient_checkpointing
     few = (2 if bfloat16 else 4 * (count > 1)) * (s["outside"] + 2 * s["layer"])
-    all_copies = 2 * s["parameters"] * bfloat16 if count == 1 else few
-    head = LOGITS + 8 * tokens * s["hidden"]
-    before_sharding = 6 * (s["outside"] + s["layer"]) if count > 1 else 6 * s["vocabulary"] * s["hidden"]
-    forward = (all_copies, kept, head, 0)
-    again = layer if cfg.gradient_checkpointing else 0
-    backward = (few if cfg.gradient_checkpointing else all_copies, kept + again + layer // 2, head, before_sharding)
+    every = 2 * s["parameters"] * bfloat16 if count == 1 else few
+    head = LOGITS + 8 * max(cfg.tokens_per_microbatch, cfg.max_prompt_tokens + cfg.max_tokens) * s["hidden"]
+    gradients = 6 * (s["outside"] + s["layer"]) if count > 1 else 6 * s["vocabulary"] * s["hidden"]
+    forward = (every, activations(s, cfg, not saved, backward=False), head, 0)
+    backward = (every if saved else few, activations(s, cfg, not saved), head, gradients)
     names = ("weights as computed with", "activations", "head and logits", "gradients on the way")
     return dict(zip(names, max(forward, backward, key=sum), strict=True))
 
@@ -122,13 +128,12 @@ def update_memory(s: dict, cfg, count: int) -> dict[str, float]:
 def plan(s: dict, cfg, count: int = 1, gpu: float = 0.0) -> dict:
     """Memory of each of `count` GPUs of `gpu` bytes (0: none known), phase by phase. s: from `shape`; all in bytes."""
     p, vllm = s["parameters"], cfg.engine != "transformers"
-    size = 2 if cfg.dtype == "bfloat16" else 4
     kv, copies = kv_cache(s, cfg, gpu), 1 + (cfg.kl > 0)
     answers = cfg.prompts_per_step * cfg.answers_per_prompt
     kv["all"] /= count
-    engine = size * p / cfg.tensor_parallel if vllm else 2 * p * (size == 2)
+    bfloat16, resident = cfg.dtype == "bfloat16", vllm and cfg.keep_resident
+    engine = (2 if bfloat16 else 4) * p / cfg.tensor_parallel if vllm else 2 * p * bfloat16
     generating = ENGINE if vllm else 12 * min(cfg.rollout_batch, answers) * s["vocabulary"]  # logits, log-probs, sums
-    resident = vllm and cfg.keep_resident
     trainer = {
         "weights, float32": 4 * p * copies / count,
         "optimiser": (2.1 if cfg.optimizer == "adamw8bit" else 8) * p / count,
@@ -151,10 +156,7 @@ def plan(s: dict, cfg, count: int = 1, gpu: float = 0.0) -> dict:
         "phases": phases,
         "peaks": peaks,
         "kv": kv,
-        "activations": {
-            on: update_memory(s, dataclasses.replace(cfg, gradient_checkpointing=on), count)["activations"]
-            for on in (False, True)
-        },
+        "activations": {on: activations(s, cfg, on) for on in (False, True)},
         "tokens": {"most": answers * cfg.max_tokens, "mean": answers * cfg.max_tokens // 2},
         "fits": None if not gpu else max(peaks.values()) <= USABLE * gpu and kv["at_once"] >= 1,
     }

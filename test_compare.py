@@ -1,0 +1,91 @@
+"""The comparison of methods: curves, pairing, Holm's correction, and the whole command on a small budget."""
+
+import json
+import math
+
+import pytest
+
+import compare
+import plot
+
+
+def run_of(method: str, seed: int, accuracies: list[float], rollouts: int = 100) -> dict:
+    points = [
+        {"accuracy": a, "rollouts": rollouts * i, "tokens": 10 * rollouts * i, "optimizer_steps": i, "seconds": 0.5 * i}
+        for i, a in enumerate(accuracies)
+    ]
+    health = {"zero_variance": 0.5, "mean_abs_advantage": 0.2, "replayed": 0.0, "distinct_prompts": 10}
+    return {"method": method, "seed": seed, "points": points, "health": health}
+
+
+def test_accuracy_at_a_cost_is_the_trailing_mean_of_what_the_budget_pays_for():
+    run = run_of("none", 0, [0.0, 0.3, 0.6, 0.9])
+    assert compare.smooth(run["points"]) == pytest.approx([0, 0.15, 0.3, 0.6])
+    assert compare.accuracy_at(run, "rollouts", 300) == pytest.approx(0.6)
+    assert compare.accuracy_at(run, "rollouts", 299) == pytest.approx(0.3)
+    assert compare.accuracy_at(run, "seconds", 0.5) == pytest.approx(0.15)
+    assert compare.area(run, "rollouts", 300) == pytest.approx((34 * 0 + 33 * 0.15 + 33 * 0.3 + 0.6) / 101, abs=0.01)
+
+
+def test_cost_to_reach_a_level_is_between_evaluations_or_none():
+    run = run_of("none", 0, [0.0, 0.3, 0.6, 0.9])
+    assert compare.cost_to_reach(run, 0.45) == pytest.approx(250)
+    assert compare.cost_to_reach(run, 0.0) == 0 and compare.cost_to_reach(run, 0.7) is None
+
+
+def test_paired_differences_have_students_interval():
+    test = compare.paired([1.0, 2.0, 3.0])
+    assert test["mean"] == 2 and test["high"] - 2 == pytest.approx(4.303 / math.sqrt(3), rel=1e-3)
+    assert test["p"] == pytest.approx(0.0742, abs=2e-4)
+    assert compare.paired([0.0, 0.0])["p"] == 1 and compare.paired([1.0])["p"] == 1
+
+
+def test_holm_is_stepwise_and_monotone():
+    assert compare.holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
+    assert compare.holm([0.5, 0.9]) == pytest.approx([1.0, 1.0]) and compare.holm([]) == []
+
+
+def test_a_better_method_is_found_and_an_equal_one_is_not():
+    noise = [0.02, -0.01, 0.015, -0.02, 0.005, 0.0]
+    runs = []
+    for seed, n in enumerate(noise):
+        base = [0.2, 0.3 + n, 0.4 + n, 0.5 + n, 0.6 + n]
+        runs.append(run_of("none", seed, base))
+        runs.append(run_of("better", seed, [0.2] + [a + 0.1 + n / 5 for a in base[1:]]))
+        runs.append(run_of("equal", seed, [0.2] + [a + noise[seed - 1] / 3 for a in base[1:]]))
+        runs.append(run_of("costly", seed, base, rollouts=200))
+    result = compare.analyse(runs, ["none", "better", "equal", "costly"])
+    better, equal, costly = (result["methods"][name] for name in ("better", "equal", "costly"))
+    assert result["budgets"]["rollouts"] == 400 and better["seeds"] == 6
+    assert better["difference"]["rollouts"]["low"] > 0.05 and better["difference"]["rollouts"]["p_holm"] < 0.05
+    assert equal["difference"]["rollouts"]["low"] < 0 < equal["difference"]["rollouts"]["high"]
+    assert costly["difference"]["rollouts"]["mean"] < -0.1 and costly["difference"]["optimizer_steps"]["mean"] == 0
+    assert math.exp(costly["reach"]["0.4"]["mean"]) == pytest.approx(2)
+    text = compare.table(result)
+    assert "| better | 6 |" in text and "*" in text and "+100%" in text
+
+
+@pytest.mark.parametrize("flags", ["", "--methods none out/run", "/nowhere", "--methods none nonsense --seeds 1"])
+def test_bad_input_is_one_line(flags, capsys, tmp_path):
+    assert compare.main([*flags.split(), "--out", str(tmp_path)]) == 2
+    assert capsys.readouterr().err.startswith("error: ")
+
+
+@pytest.mark.slow
+def test_the_whole_command_and_again_without_running(tmp_path, capsys):
+    out = tmp_path / "cmp"
+    command = ["--methods", "none", "prompt", "--arms", "fifo: --replay rollout --priority-exponent 0", "--seeds", "2"]
+    command += ["--budget-rollouts", "400", "--out", str(out)]
+    flags = ["--", "--eval-every", "2", "--prompts-per-step", "8", "--eval-prompts", "20"]
+    assert compare.main([*command, *flags]) == 0
+    result = json.loads((out / "results.json").read_text())
+    assert set(result["methods"]) == {"none", "prompt", "fifo"} and result["budgets"]["rollouts"] >= 400
+    assert (out / "comparison.png").stat().st_size > 10_000 and "| fifo | 2 |" in (out / "table.md").read_text()
+    assert {row["rollouts"] for row in plot.read(out / "fifo-s1" / "metrics.jsonl")} >= {64, 448}
+    before = {p: p.stat().st_mtime_ns for p in out.glob("*/metrics.jsonl")}
+    assert compare.main([*command, *flags]) == 0
+    assert before == {p: p.stat().st_mtime_ns for p in out.glob("*/metrics.jsonl")}
+    capsys.readouterr()
+    folders = [str(p.parent) for p in before if not p.parent.name.startswith("fifo")]
+    assert compare.main([*folders, "--out", str(tmp_path / "again")]) == 0
+    assert "| prompt | 2 |" in capsys.readouterr().out

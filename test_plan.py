@@ -1,0 +1,280 @@
+"""The memory plan: parameters are exact, activations are those of Qwen3, phases and advice follow from them.
+
+python test_plan.py      prints the README's table of GPUs
+"""
+
+import dataclasses
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, Qwen3Config
+
+import data
+import plan
+import tiny
+from config import Config
+
+NEW = [("optimizer", str, "adamw"), ("gpus", str, ""), ("dry_run", bool, False)]
+known = {field.name for field in dataclasses.fields(Config)}
+Settings = dataclasses.make_dataclass("Settings", [f for f in NEW if f[0] not in known], bases=(Config,))
+
+
+def qwen3(hidden, layers, heads, kv_heads, size, mlp, tied, vocabulary=151_936, context=40_960):
+    return Qwen3Config(
+        hidden_size=hidden, num_hidden_layers=layers, num_attention_heads=heads, num_key_value_heads=kv_heads,
+        head_dim=size, intermediate_size=mlp, vocab_size=vocabulary, tie_word_embeddings=tied,
+        max_position_embeddings=context,
+    )  # fmt: skip
+
+
+MODELS = {
+    "Qwen3-0.6B": qwen3(1024, 28, 16, 8, 128, 3072, True),
+    "Qwen3-1.7B": qwen3(2048, 28, 16, 8, 128, 6144, True),
+    "Qwen3-4B": qwen3(2560, 36, 32, 8, 128, 9728, True),
+    "Qwen3-8B": qwen3(4096, 36, 32, 8, 128, 12288, False),
+}
+SMALL = qwen3(64, 3, 8, 4, 24, 160, True, vocabulary=50, context=512)
+
+
+def planned(model: str, gpus: str, **settings) -> tuple[dict, Settings, dict]:
+    s, cfg = plan.shape(MODELS[model]), Settings(model=model, **settings)
+    return s, cfg, plan.plan(s, cfg, *plan.found_gpus(gpus))
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters"),
+    [
+        ("Qwen3-0.6B", 596_049_920),
+        ("Qwen3-1.7B", 1_720_574_976),
+        ("Qwen3-4B", 4_022_468_096),
+        ("Qwen3-8B", 8_190_735_360),
+    ],
+)
+def test_parameters_of_qwen3_are_those_of_the_released_models(name, parameters):
+    assert plan.shape(MODELS[name])["parameters"] == parameters
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize(
+    "config",
+    [
+        SMALL,
+        LlamaConfig(bos_token_id=1, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+                    intermediate_size=48, vocab_size=40, max_position_embeddings=64),
+        GPT2Config(n_embd=32, n_layer=2, n_head=4, vocab_size=40, n_positions=64, bos_token_id=1, eos_token_id=1),
+    ],
+    ids=["qwen3", "llama", "gpt2"],
+)  # fmt: skip
+def test_shape_is_that_of_the_real_model(config, tied):
+    config.tie_word_embeddings = tied
+    s, model = plan.shape(config), AutoModelForCausalLM.from_config(config)
+    assert s["parameters"] == sum(p.numel() for p in model.parameters())
+    assert s["outside"] + s["layers"] * s["layer"] == s["parameters"]
+    assert s["context"] == config.max_position_embeddings and s["hidden"] == config.hidden_size
+    if hasattr(model.model if hasattr(model, "model") else None, "layers"):
+        attention = model.model.layers[0].self_attn
+        assert (s["queries"], s["keys"]) == (attention.q_proj.out_features, attention.k_proj.out_features)
+        assert s["mlp"] == model.model.layers[0].mlp.up_proj.out_features
+
+
+def saved(config, tokens: int, bfloat16: bool, checkpointing: bool) -> int:
+    """Bytes that the forward pass of packed sequences keeps for the backward pass, without weights."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).train()
+    if checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    shapes = {shape for p in model.parameters() for shape in (p.shape, p.shape[::-1])}  # of their bf16 copies
+    kept = {}
+
+    def keep(tensor):
+        if tensor.untyped_storage().data_ptr() not in weights and not (bfloat16 and tensor.shape in shapes):
+            kept[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    positions = torch.arange(tokens // 2).repeat(2)[None]
+    hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
+    with hooks, torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
+        model.model(input_ids=torch.zeros_like(positions), position_ids=positions, use_cache=False)
+    return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+
+
+@pytest.mark.parametrize("bfloat16", [True, False])
+@pytest.mark.parametrize("sizes", [(64, 8, 4, 24, 160), (256, 4, 2, 32, 96), (96, 12, 3, 64, 640)])
+def test_activations_are_those_of_qwen3(sizes, bfloat16):
+    hidden, heads, kv_heads, size, mlp = sizes
+    two, three = (qwen3(hidden, n, heads, kv_heads, size, mlp, True, vocabulary=50) for n in (2, 3))
+    tokens, s = 200, plan.shape(two)
+    for checkpointing in (False, True):
+        measured = saved(three, tokens, bfloat16, checkpointing) - saved(two, tokens, bfloat16, checkpointing)
+        formula = 4 * tokens * hidden if checkpointing else plan.layer_activations(s, tokens, tokens, bfloat16)
+        assert measured == pytest.approx(formula, rel=0.03), f"checkpointing {checkpointing}"
+
+
+def test_checkpointing_keeps_one_layer_and_a_row_of_hidden_states_for_each():
+    s, cfg, _ = planned("Qwen3-8B", "1x80")
+    layer = plan.layer_activations(s, 16_384, 8_192, True)
+    assert layer == 16_384 * (26 * 4096 + 14 * 4096 + 6 * 1024 + 8 * 12288 + 2 * 8192)
+    assert plan.activations(s, cfg, False) == 36 * layer + layer // 2
+    assert plan.activations(s, cfg, True) == 36 * 4 * 16_384 * 4096 + layer + layer // 2
+
+
+def test_phases_of_qwen3_8b_on_one_gpu():
+    s, _, found = planned("Qwen3-8B", "1x141", kv_cache_gb=20.0)
+    p = s["parameters"]
+    start, rollout, update = (found["phases"][name] for name in ("start-up", "rollout", "update"))
+    assert start["weights, float32"] == rollout["weights, float32"] == update["weights, float32"] == 4 * p
+    assert update["gradients"] == 4 * p and "gradients" not in rollout and "gradients" not in start
+    assert update["optimiser"] == rollout["optimiser"] == 8 * p and "optimiser" not in start
+    assert rollout["engine's weights"] == 2 * p and "engine's weights" not in update  # asleep
+    assert rollout["KV cache"] == 20 * plan.GIB and "KV cache" not in update
+    assert update["weights as computed with"] == 2 * p
+    for name, parts in found["phases"].items():
+        assert found["peaks"][name] == sum(parts.values())
+    assert found["kv"]["token"] == 2 * 2 * 36 * 8 * 128 == 147_456
+    assert found["kv"]["at_once"] == pytest.approx(20 * plan.GIB / 147_456 / 8192)
+    assert found["kv"]["all"] == 147_456 * (32 * 1024 + 512 * 7168)  # a group shares its prompt
+    assert found["tokens"] == {"most": 512 * 7168, "mean": 512 * 3584}
+
+
+@pytest.mark.parametrize(
+    ("settings", "phase", "item", "factor"),
+    [
+        ({"optimizer": "adamw8bit"}, "update", "optimiser", 2.1 / 8),
+        ({"kl": 0.1}, "update", "weights, float32", 2),  # the reference model
+        ({"tensor_parallel": 2}, "rollout", "engine's weights", 1 / 2),
+        ({"dtype": "float32"}, "rollout", "engine's weights", 2),
+        ({"engine": "transformers"}, "rollout", "engine's weights", 1),  # autocast's copies
+    ],
+)
+def test_what_a_setting_costs(settings, phase, item, factor):
+    before, after = (planned("Qwen3-1.7B", "1x80", **more)[2]["phases"][phase][item] for more in ({}, settings))
+    assert after == pytest.approx(factor * before)
+
+
+def test_resident_engine_counts_in_the_update_and_shards_divide():
+    _, _, found = planned("Qwen3-1.7B", "1x80", keep_resident=True, kv_cache_gb=8.0)
+    assert found["phases"]["update"]["KV cache"] == 8 * plan.GIB and found["phases"]["update"]["engine's weights"]
+    s, _, one = planned("Qwen3-8B", "1x80", kv_cache_gb=8.0)
+    _, _, eight = planned("Qwen3-8B", "8x80", kv_cache_gb=8.0)
+    for item in ("weights, float32", "gradients", "optimiser"):
+        assert eight["phases"]["update"][item] == one["phases"]["update"][item] / 8
+    assert eight["phases"]["start-up"] == one["phases"]["start-up"]  # loaded whole on each, then sharded
+    assert eight["phases"]["update"]["weights as computed with"] == 2 * (s["outside"] + 2 * s["layer"])
+
+
+@pytest.mark.parametrize(
+    ("model", "gpus", "settings", "advice"),
+    [
+        ("Qwen3-0.6B", "1x80", {}, []),
+        ("Qwen3-1.7B", "1x80", {}, ["--gradient-checkpointing"]),  # and not adamw8bit too, which comes first
+        ("Qwen3-8B", "1x141", {}, ["--optimizer adamw8bit", "--gradient-checkpointing"]),
+        ("Qwen3-8B", "1x80", {}, ["--optimizer adamw8bit", "--gradient-checkpointing", "2 such GPUs"]),
+        ("Qwen3-8B", "8x80", {}, ["--gradient-checkpointing"]),
+        ("Qwen3-0.6B", "1x24", {"gradient_checkpointing": True, "kv_cache_gb": 15.0}, ["--kv-cache-gb 10"]),
+        ("Qwen3-0.6B", "1x20", {"gradient_checkpointing": True, "gpu_memory": 0.1}, ["--kv-cache-gb 5"]),
+        ("Qwen3-8B", "1x24", {}, None),
+    ],
+)  # fmt: skip
+def test_advice_is_what_makes_it_fit_and_nothing_more(model, gpus, settings, advice):
+    s, cfg, found = planned(model, gpus, **settings)
+    count, gpu = plan.found_gpus(gpus)
+    changes = plan.changes(s, cfg, count, gpu)
+    assert (changes is None) == (advice is None) and found["fits"] == (advice == [])
+    for part, text in zip(advice or [], changes or [], strict=True):
+        assert text.startswith(part)
+    line = plan.verdict(s, cfg, found)
+    assert line.startswith("fits" if advice == [] else "does not fit")
+    assert "larger GPUs or a smaller model" in line if advice is None else all(text in line for text in changes)
+
+
+def test_a_kv_cache_that_holds_no_answer_does_not_fit_however_large_the_gpu():
+    s, cfg, found = planned("Qwen3-8B", "1x999", kv_cache_gb=1.0, gradient_checkpointing=True)
+    assert not found["fits"] and "does not hold one whole answer" in plan.verdict(s, cfg, found)
+    assert planned("Qwen3-8B", "1x999", kv_cache_gb=2.0, gradient_checkpointing=True)[2]["fits"]
+
+
+@pytest.mark.parametrize(("flag", "gpus"), [("8x80", (8, 80)), ("1 x 23.5 GB", (1, 23.5)), ("2X141gib", (2, 141))])
+def test_gpus_are_read(flag, gpus):
+    assert plan.found_gpus(flag) == (gpus[0], gpus[1] * plan.GIB)
+
+
+@pytest.mark.parametrize("flag", ["80", "0x80", "8x0", "8x", "x80", "two x 80", "8x80 TB"])
+def test_gpus_that_mean_nothing(flag):
+    with pytest.raises(ValueError, match="write 8x80"):
+        plan.found_gpus(flag)
+
+
+def report(**settings) -> str:
+    tokenizer, config = tiny.make_tokenizer(), tiny.make_model(0).config
+    settings = {"max_prompt_tokens": 32, "max_tokens": 15} | settings
+    prompts, _ = data.encode(data.arithmetic(3), tokenizer, 100)
+    return plan.report(Settings(**settings), ["max_tokens"], config, tokenizer, prompts)
+
+
+def test_report_holds_configuration_prompt_tokens_memory_and_verdict():
+    text = report(gpus="2x24", answers_per_prompt=8)
+    question, answer = data.arithmetic(1)[0]
+    for part in (
+        " * max_tokens              15", "   answers_per_prompt      8", f"  | {question}\n", f"answer: {answer}",
+        "first of 3 prompts as the model sees it, 10 tokens", "32 prompts x 8 answers = 256 answers", "3,840 tokens",
+        f"model: {sum(p.numel() for p in tiny.make_model(0).parameters()):,} parameters in 2 layers, context 64",
+        "start-up   rollout    update", "gradients", "fits 2 GPUs of 24 GB", "torchrun --nproc-per-node 2",
+    ):  # fmt: skip
+        assert part in text
+    assert "--gpus 8x80" in report() or torch.cuda.is_available()
+
+
+def test_first_prompt_is_shown_with_its_special_tokens():
+    tokenizer = tiny.make_tokenizer()
+    tokenizer.chat_template = "<eos>{% for m in messages %}{{ m.content[:3] }}{% endfor %}<pad>"
+    prompts, _ = data.encode([("123", "6")], tokenizer, 100)
+    text = plan.report(Settings(max_prompt_tokens=32, max_tokens=15), [], tiny.make_model(0).config, tokenizer, prompts)
+    assert "  | <eos>123<pad>\n" in text
+
+
+def test_answers_beyond_the_context_are_refused():
+    with pytest.raises(ValueError, match="make 82 tokens, and the model has a context of 64"):
+        report(max_tokens=50)
+
+
+def test_only_config_and_tokenizer_are_read_and_a_wrong_path_is_one_line(tmp_path):
+    tiny.make_model(0).config.save_pretrained(tmp_path)
+    tiny.make_tokenizer().save_pretrained(tmp_path)
+    config, tokenizer = plan.read(str(tmp_path))
+    assert plan.shape(config)["layers"] == 2 and len(tokenizer("1+1=")["input_ids"]) == 4
+    with pytest.raises(ValueError, match="folder with config.json") as error:
+        plan.read(str(tmp_path / "none"))
+    assert "\n" not in str(error.value)
+
+
+def readme_table() -> str:
+    lines = ["| model | GPUs | flags on top of the defaults | planned peak, GiB a GPU |", "|---|---|---|---|"]
+    rows = [("Qwen3-8B", gpus) for gpus in ("1x80", "1x141", "2x80", "8x80")]
+    rows += [(model, gpus) for model in list(MODELS)[:3] for gpus in ("1x24", "2x24", "8x24")]
+    for model, gpus in rows:
+        s, cfg, _ = planned(model, gpus)
+        count, gpu = plan.found_gpus(gpus)
+        changes = plan.changes(s, cfg, count, gpu)
+        if changes is None or any("such GPUs" in change for change in changes):
+            lines.append(f"| {model} | {gpus.replace('x', ' x ')} GB | does not fit | |")
+            continue
+        values = [change.removeprefix("--").split() for change in changes]
+        kinds = {"optimizer": str, "gradient_checkpointing": bool, "tokens_per_microbatch": int, "kv_cache_gb": float}
+        names = [(name.replace("-", "_"), value) for name, *value in values]
+        cfg = dataclasses.replace(cfg, **{name: kinds[name](value[0]) if value else True for name, value in names})
+        peak = max(plan.plan(s, cfg, count, gpu)["peaks"].values())
+        flags = " ".join(f"`{change}`" for change in changes) or "none"
+        lines.append(f"| {model} | {gpus.replace('x', ' x ')} GB | {flags} | {plan.size(peak)} |")
+    return "\n".join(lines)
+
+
+def test_readme_table_says_which_gpus_run_qwen3_8b():
+    rows = readme_table()
+    assert "| Qwen3-8B | 1 x 80 GB | does not fit | |" in rows
+    assert "| Qwen3-8B | 1 x 141 GB | `--optimizer adamw8bit` `--gradient-checkpointing` |" in rows
+    assert "| Qwen3-8B | 8 x 80 GB | `--gradient-checkpointing` |" in rows
+
+
+if __name__ == "__main__":
+    print(readme_table())

@@ -8,7 +8,7 @@ r"""Six maths benchmarks, and files like them: what is asked and what is right.
                      where the column `error` states a tolerance, plain numbers may be off by so much
 
 Where the gold is a list (some copies of Minerva), one member must match. All else is decided by `reward.py`. Benchmarks
-are pinned to a revision of the hub.
+are pinned to revisions of the hub that several public projects pin (taken from them, not compared with the hub by us).
 """
 
 import hashlib

@@ -182,3 +182,17 @@ def reuse_figures(drawn: list[Group], step: int) -> dict:
         "replay_ages": np.bincount([step - group.birth for group in drawn], minlength=1).tolist(),
         "replay_uses": np.bincount([group.uses for group in drawn], minlength=1).tolist(),
     }
+
+
+def make_stores(switches: dict[str, str], cfg) -> dict:
+    """The stores that the batch passes through, in this order: fill dead places first, then add stored answers."""
+    stores = {}
+    if switches.get("fill") == "dapo":
+        stores["dapo"] = Surplus()
+    if switches.get("fill") == "group":
+        stores["group"] = GroupReplay(cfg.group_capacity or 2 * cfg.prompts_per_step, cfg.seed)
+    if switches.get("extra") == "rollout":
+        stores["rollout"] = RolloutReplay(
+            cfg.seed, cfg.replay_ratio, cfg.priority_exponent, cfg.max_age, cfg.replay_warmup, cfg.rollout_capacity
+        )
+    return stores

@@ -41,9 +41,15 @@ EMBEDDED = {
 class Config:
     # ---- what is trained, and on what
     model: str = ""  # Hugging Face id or folder; without it the embedded model is made and trained
-    data: str = ""  # .jsonl, .json, .parquet or .csv file; without it the embedded task
+    data: str = ""  # polaris (the default), dolci, dapo, gsm8k, math; OWNER/NAME of Hugging Face; or a file
+    data_config: str | None = None  # configuration on the hub
+    data_split: str | None = None  # split on the hub; train
+    data_revision: str | None = None  # commit hash on the hub; that of SOURCES in data.py, or else the newest
     problem_column: str | None = None  # column of the problem; found by itself if it has a usual name
     answer_column: str | None = None  # column of the gold answer; found by itself if it has a usual name
+    difficulty: tuple[float, float] = (0.0, 1.0)  # keep pass rates within, by the data's column `difficulty`
+    keep_overlap: bool = False  # do not look for problems of the six evaluation sets in data of the hub
+    thinking: Literal["auto", "on", "off"] = "auto"  # enable_thinking of the chat template; auto: its own default
     max_prompts: int = 0  # train on the first so many prompts only; 0: all
     reward: str = "math"  # math, equation, random, always, format, or path/to/file.py:function
     # ---- the run
@@ -57,6 +63,10 @@ class Config:
     eval_prompts: int = 200  # held-out prompts (at most a tenth of the data)
     eval_samples: int = 1  # answers to each of them
     threads: int = 0  # CPU threads; 0: PyTorch's choice
+    dry_run: bool = False  # print configuration, first prompt and memory plan, and end
+    gpus: str = ""  # with --dry-run: GPUs to plan for, as 8x80 for 8 of 80 GB; else those that are found
+    wandb: str = ""  # project of Weights & Biases to mirror metrics and samples in
+    tensorboard: bool = False  # mirror metrics and samples in tensorboard/ of the run's folder
     profile: bool = False  # write trace.json of steps 3 and 4, to open in Perfetto
     # ---- replay
     replay: str = "none"  # prompt, prioritized, greso; dapo, group; rollout; several with +; alone it means prompt
@@ -104,6 +114,7 @@ class Config:
     kl: float = 0.0  # coefficient of a k3 KL to the initial model
     mask_truncated: bool = False  # answers cut at the limit count in their group, but are not trained on
     # ---- optimiser
+    optimizer: Literal["adamw", "adamw8bit"] = "adamw"  # moments in float32, or in 8 bits (pip install torchao)
     lr: float = 1e-6  # constant
     weight_decay: float = 0.0  # AdamW's
     grad_clip: float = 1.0  # largest gradient norm
@@ -117,7 +128,7 @@ class Config:
 # settings that may differ between a run and its resumption
 FREE = {
     "out", "steps", "max_rollouts", "resume", "save_every", "eval_every", "rollout_batch", "gpu_memory", "kv_cache_gb",
-    "keep_resident", "tensor_parallel", "enforce_eager", "profile",
+    "keep_resident", "tensor_parallel", "enforce_eager", "profile", "dry_run", "gpus", "wandb", "tensorboard",
 }  # fmt: skip
 
 
@@ -146,11 +157,11 @@ def parse(argv: list[str], description: str) -> tuple[Config, list[str]]:
             first = (get_args(kind) or (kind,))[0]  # `float | None` reads a float
             parser.add_argument(flag, type=first, metavar=first.__name__.upper(), help=text)
     given = vars(parser.parse_args(argv))
-    settings = {} if given.get("model") else dict(EMBEDDED)
+    settings = {"data": "polaris"} if given.get("model") else dict(EMBEDDED)
     for name in given.get("replay", "none").split("+"):
         settings |= METHODS[name][2] if name in METHODS else {}
     cfg = Config(**settings | given)
-    cfg.band = tuple(cfg.band)
+    cfg.band, cfg.difficulty = tuple(cfg.band), tuple(cfg.difficulty)
     return cfg, sorted(given)
 
 
@@ -178,6 +189,8 @@ def validate(cfg: Config) -> dict[str, str]:
         raise ValueError(f"--lr and --grad-clip must be above 0, got {cfg.lr} and {cfg.grad_clip}")
     if not 0 <= cfg.clip_low <= 1 or cfg.clip_high < 0:
         raise ValueError(f"--clip-low must be in [0, 1] and --clip-high >= 0, got {cfg.clip_low} and {cfg.clip_high}")
-    if cfg.model and not cfg.data:
-        raise ValueError("--model needs --data: a .jsonl, .json, .parquet or .csv file with problems and answers")
+    if not 0 <= cfg.difficulty[0] <= cfg.difficulty[1] <= 1:
+        raise ValueError(f"--difficulty needs two pass rates in [0, 1], the lower first, got {cfg.difficulty}")
+    if cfg.gpus and not cfg.dry_run:
+        raise ValueError("--gpus is for --dry-run: a run takes the GPUs that it finds")
     return switches

@@ -10,10 +10,9 @@ once, here; from here on nothing is ever re-tokenised.
     python train.py --model ID --data OWNER/NAME --problem-column question --answer-column gold
     python train.py --model ID --data train.jsonl              # one JSON object a line: {"problem": ..., "answer": ...}
 
-Problems that are the same after `normal` are one: the first is kept, and none of the evaluation sets. What is left out
-is counted. Known sets are read at the revisions in SOURCES, which several public projects pin (taken from them, not
-compared with the hub by us); where there is none, the newest is read, unless --data-revision HASH pins one. Whatever
-the hub does, `fingerprint` tells what was used.
+Problems that are the same after `normal` are one: the first is kept, and none of the evaluation sets; all are counted.
+Known sets are read at the revisions in SOURCES, as several public projects pin them (we have not compared them with the
+hub); without one, the newest, or --data-revision HASH. Whatever the hub does, `fingerprint` tells what was used.
 """
 
 import hashlib
@@ -138,11 +137,9 @@ def fetch(hub: str, config: str | None, split: str, revision: str | None, copy: 
     try:
         return datasets.load_dataset(hub, config, split=split, revision=revision)
     except Exception as error:  # of the hub, the network, the cache, the file format: a dozen kinds, some of many lines
-        what, how = " ".join(str(error).split())[:300], "choose with --data-config, --data-split or --data-revision"
-        if isinstance(error, ConnectionError):
-            how = "is there a network?"
-        elif "gated" in what:
-            how = "ask for access on its page and log in with `hf auth login`"
+        what, offline = " ".join(str(error).split())[:300], isinstance(error, ConnectionError)
+        how = "is there a network?" if offline else "choose with --data-config, --data-split or --data-revision"
+        how = "ask for access on its page and log in with `hf auth login`" if "gated" in what else how
         raise ValueError(f"{hub} cannot be loaded ({what}): {how}; or fetch it elsewhere and give {copy}") from error
 
 
@@ -158,7 +155,8 @@ def pick_column(row: dict, wanted: str | None, usual: tuple[str, ...], flag: str
 
 def select(rows: Iterable[dict], where: str, maths: bool, difficulty, counts: Counter) -> Iterator[dict]:
     """Maths, if not all rows are; of it pass rates within `difficulty`, ends included. Counts the others."""
-    kept, needed = 0, [*([] if maths else ["dataset"]), *(["difficulty"] if difficulty else [])]
+    kept, ranged = 0, tuple(difficulty) != (0, 1)
+    needed = ["dataset"] * (not maths) + ["difficulty"] * ranged
     for n, row in enumerate(rows, 1):
         counts["rows"] += 1
         if set(needed) - set(row):
@@ -170,10 +168,9 @@ def select(rows: Iterable[dict], where: str, maths: bool, difficulty, counts: Co
                 continue
             if len(kinds) == len(golds):  # one gold for each verifier
                 row = row | {"ground_truth": golds[kinds.index("math")]}
-        if difficulty:
-            value = row["difficulty"]
+        if ranged:
             try:
-                rate = -1 if value is None else Fraction(str(value))
+                rate = -1 if (value := row["difficulty"]) is None else Fraction(str(value))
             except (ValueError, ZeroDivisionError) as error:
                 raise ValueError(f"{where} row {n}: difficulty {value!r} is no pass rate like 3/8 or 0.4") from error
             if not difficulty[0] <= rate <= difficulty[1]:
@@ -223,9 +220,8 @@ def final_answer(value) -> str:
             end += 1
         if box[1] or not depth:
             return box[1] or text[box.end() : end - 1].strip()
-    _, mark, tail = text.rpartition("####")
-    if mark:
-        return tail.strip().replace(",", "")
+    if "####" in text:
+        return text.rpartition("####")[2].strip().replace(",", "")
     return "" if boxes or len(text) > LONGEST_ANSWER else text
 
 
@@ -239,10 +235,8 @@ def unwrap(problem: str | list[dict]) -> str | list[dict]:
     return problem
 
 
-def load(
-    name: str, problem_column=None, answer_column=None, difficulty=None, config=None, split=None, revision=None
-) -> tuple[list[Pair], Counter]:
-    """Pairs of --data `name`, and what was counted on the way. ValueError or OSError in one line."""
+def load(name, problem_column=None, answer_column=None, difficulty=(0, 1), config=None, split=None, revision=None):
+    """Pairs of --data `name`, and a Counter of what was met on the way. ValueError or OSError in one line."""
     known, _, copy = name.partition("=")
     source = SOURCES.get(known) or next((s for s in SOURCES.values() if s[0] == known), None)
     hub, usual_config, pinned, *usual, maths = source or (name, None, None, *USUAL, True)
@@ -258,10 +252,14 @@ def load(
         rows = fetch(hub, config or usual_config, split or "train", revision or pinned, copy)
     else:
         raise ValueError(f"no data {name!r}: say {', '.join(SOURCES)}, OWNER/NAME of Hugging Face, or a file")
-    if not own or difficulty:
-        rows = select(rows, where, maths, difficulty, counts)
+    rows = select(rows, where, maths, difficulty, counts)
     pairs = from_rows(rows, where, problem_column, answer_column, usual, None if own else counts)
-    return pairs, counts or Counter({"rows": len(pairs)})
+    return pairs, counts
+
+
+def is_file(name: str) -> bool:
+    """Whether --data `name` means a file, of the user's own or a copy of a known set."""
+    return "=" in name or Path(name).exists() or Path(name).suffix in KINDS
 
 
 def normal(problem: str | list[dict]) -> str:
@@ -276,10 +274,10 @@ def normal(problem: str | list[dict]) -> str:
     return text or str(problem)
 
 
-def prepare(name: str, evaluation: dict[str, list], **options) -> tuple[list[Pair], str]:
-    """Different problems of --data `name` that are not in `evaluation` (benchmark -> problems), and a line that says
-    what became of the others. `options` as of `load`."""
-    pairs, counts = load(name, **options)
+def prepare(cfg, evaluation: dict[str, list], missing: list[str]) -> tuple[list[Pair], str]:
+    """Different problems of `cfg.data`, none of `evaluation` (benchmark -> problems), and a line of what went."""
+    place = cfg.data_config, cfg.data_split, cfg.data_revision
+    pairs, counts = load(cfg.data, cfg.problem_column, cfg.answer_column, cfg.difficulty, *place)
     places = {normal(problem): benchmark for benchmark, problems in evaluation.items() for problem in problems}
     kept: dict[str, Pair] = {}
     for problem, answer in pairs:
@@ -293,8 +291,10 @@ def prepare(name: str, evaluation: dict[str, list], **options) -> tuple[list[Pai
             kept[key] = problem, answer
     left, what = list(kept.values()), ", ".join(f"{number:,} {kind}" for kind, number in counts.items() if number)
     if not left:
-        raise ValueError(f"--data {name}: no problem is left: {what}")
-    return left, f"data: {name}: {what}; left {len(left):,} problems, sha256 {fingerprint(left)[:16]}"
+        raise ValueError(f"--data {cfg.data}: no problem is left: {what}")
+    what += f"; left {len(left):,} problems, sha256 {fingerprint(left)[:16]}"
+    what += f"; not compared with {', '.join(missing)}, which cannot be had" if missing else ""
+    return left, f"data: {cfg.data}: {what}"
 
 
 def evaluation_problems(names: Iterable[str], load: Callable[[str], list]) -> tuple[dict[str, list], list[str]]:

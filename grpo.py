@@ -142,6 +142,18 @@ def split_minibatches(count: int, parts: int, seed: str) -> list[list[int]]:
     return [part for part in (order[i::parts] for i in range(parts)) if part]
 
 
+def make_optimizer(model: torch.nn.Module, cfg) -> torch.optim.Optimizer:
+    """AdamW over float32 weights: in bf16 a weight does not move at lr 1e-6."""
+    common = {"lr": cfg.lr, "betas": (0.9, 0.95), "weight_decay": cfg.weight_decay}
+    if cfg.optimizer == "adamw":
+        return torch.optim.AdamW(model.parameters(), **common, fused=True)
+    try:
+        from torchao.optim import AdamW8bit
+    except ImportError as error:
+        raise ValueError(f"--optimizer adamw8bit needs torchao: pip install torchao ({error})") from error
+    return AdamW8bit(model.parameters(), **common)
+
+
 def over_ranks(values: list[float], op=dist.ReduceOp.SUM) -> list[float]:
     result = torch.tensor(values, dtype=torch.float64)
     if dist.is_initialized():

@@ -5,6 +5,7 @@ import json
 import resource
 import sys
 import time
+import uuid
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -101,9 +102,87 @@ def write(run, row: dict, progress, groups: list[Group], texts: list[list[str]])
     if not ranks.is_main():
         return
     append(run.folder / "metrics.jsonl", [row])
+    run.mirror.log(row)
     if "eval_accuracy" in row:
-        append(run.folder / "samples.jsonl", samples(run, ranks.share(groups), texts, row["step"]))
+        examples = samples(run, ranks.share(groups), texts, row["step"])
+        append(run.folder / "samples.jsonl", examples)
+        run.mirror.samples(examples)
     progress.write(line(row))
+
+
+class Mirror:
+    """Copies of metrics.jsonl and samples.jsonl in Weights & Biases and TensorBoard; without either it does nothing.
+
+    ValueError, in one line, at once where a package is missing, and from `start` where wandb cannot begin a run.
+    """
+
+    def __init__(self, project: str = "", tensorboard: bool = False):
+        self.project, self.run, self.board = project, None, None
+        try:
+            if project:
+                import wandb
+
+                self.wandb = wandb
+            if tensorboard:
+                from torch.utils.tensorboard import SummaryWriter
+
+                self.writer = SummaryWriter
+        except ImportError as error:
+            name = "wandb" if project and not hasattr(self, "wandb") else "tensorboard"
+            raise ValueError(f"--{name} needs a package: pip install {name}, or leave it out ({error})") from error
+
+    def start(self, folder: Path, settings: dict, step: int) -> None:
+        """Begins, or goes on after `step`; what an interrupted run wrote later is dropped, as far as they allow."""
+        if hasattr(self, "wandb"):
+            id_file = folder / "wandb-id"  # the run in wandb that belongs to this folder
+            if not (step and id_file.exists()):
+                id_file.write_text(uuid.uuid4().hex[:12])
+            try:
+                self.run = self.wandb.init(
+                    project=self.project, name=folder.name, id=id_file.read_text(), resume="allow", dir=str(folder),
+                    config=settings,
+                )  # fmt: skip
+            except self.wandb.Error as error:
+                what = " ".join(str(error).split())
+                raise ValueError(f"--wandb cannot start ({what}): wandb login, or set WANDB_MODE=offline") from error
+        if hasattr(self, "writer"):
+            self.board = self.writer(str(folder / "tensorboard"), purge_step=step + 1)
+
+    def log(self, row: dict) -> None:
+        """Numbers as curves, lists as histograms: they are counts of 0, 1, 2 ..."""
+        step = row["step"]
+        numbers = {name: value for name, value in row.items() if isinstance(value, int | float) and name != "step"}
+        counts = {name: value for name, value in row.items() if isinstance(value, list) and sum(value) > 0}
+        if self.run:
+            histogram = self.wandb.Histogram
+            bars = {n: histogram(np_histogram=(c, [i - 0.5 for i in range(len(c) + 1)])) for n, c in counts.items()}
+            self.run.log(numbers | bars, step=step)
+        if self.board:
+            for name, value in numbers.items():
+                self.board.add_scalar(name, value, step)
+            for name, c in counts.items():
+                self.board.add_histogram_raw(
+                    name, min=0, max=len(c) - 1, num=sum(c), sum=sum(i * n for i, n in enumerate(c)),
+                    sum_squares=sum(i * i * n for i, n in enumerate(c)), bucket_limits=[i + 0.5 for i in range(len(c))],
+                    bucket_counts=c, global_step=step,
+                )  # fmt: skip
+            self.board.flush()
+
+    def samples(self, rows: list[dict]) -> None:
+        """Rows of samples.jsonl as text."""
+        if self.run and rows:
+            cells = [[v if isinstance(v, str | int | float) else json.dumps(v) for v in row.values()] for row in rows]
+            self.run.log({"samples": self.wandb.Table(columns=list(rows[0]), data=cells)}, step=rows[0]["step"])
+        if self.board:
+            for i, row in enumerate(rows):  # four spaces: Markdown leaves LaTeX and tags alone
+                text = "\n".join(f"{name}: {value}" for name, value in row.items())
+                self.board.add_text(f"samples/{i}", "    " + text.replace("\n", "\n    "), row["step"])
+
+    def close(self) -> None:
+        if self.run:
+            self.run.finish()
+        if self.board:
+            self.board.close()
 
 
 def profiler(folder: Path, on: bool):

@@ -13,7 +13,7 @@ and either the end of the forward pass or the backward pass needs most. Dense mo
     sharded: of two layers and of what is outside of layers, and 6 bytes for each of their gradients before sharding
     activations of a layer that its backward pass needs: A = T (26 H + 14 Q + 6 K + 8 I + 2 L), the last being a copy
     of the mask, and half of it for gradients on the way; with checkpointing 4 T H, and A for one layer only
-    head: 14 bytes x 2^27 for a chunk of logits, 8 T H, and 6 V H for its gradient before it is added
+    head: 14 x 2^27 for a chunk of logits, 8 T H, and 6 V H for its gradient before it is added
 
 P parameters, N GPUs, H hidden size, Q = heads x head size, K = KV heads x head size, I size of the MLP, V vocabulary,
 T tokens of a micro-batch, L of the longest sequence.
@@ -29,7 +29,7 @@ GIB = 2**30
 USABLE = 0.97  # of a GPU; the rest is the driver's
 CONTEXT = 2 * GIB  # CUDA, libraries, what the allocator cannot use
 ENGINE, ASLEEP = 3 * GIB, 1 * GIB  # vLLM's activations and CUDA graphs; what it keeps when it sleeps
-LOGITS = 14 * 2**27  # of a chunk (logprobs.py): bf16, float32, softmax and product
+CHUNK = 2**27  # logits at a time (logprobs.py), in bf16, float32, and twice for the entropy
 OTHER = "CUDA, workspaces"
 
 
@@ -117,7 +117,8 @@ def update_memory(s: dict, cfg, count: int) -> dict[str, float]:
     bfloat16, saved = cfg.dtype == "bfloat16", not cfg.gradient_checkpointing
     few = (2 if bfloat16 else 4 * (count > 1)) * (s["outside"] + 2 * s["layer"])
     every = 2 * s["parameters"] * bfloat16 if count == 1 else few
-    head = LOGITS + 8 * max(cfg.tokens_per_microbatch, cfg.max_prompt_tokens + cfg.max_tokens) * s["hidden"]
+    tokens = max(cfg.tokens_per_microbatch, cfg.max_prompt_tokens + cfg.max_tokens)
+    head = 14 * min(CHUNK, tokens * s["vocabulary"]) + 8 * tokens * s["hidden"]
     gradients = 6 * (s["outside"] + s["layer"]) if count > 1 else 6 * s["vocabulary"] * s["hidden"]
     forward = (every, activations(s, cfg, not saved, backward=False), head, 0)
     backward = (every if saved else few, activations(s, cfg, not saved), head, gradients)

@@ -133,6 +133,50 @@ def comparison(runs: list[dict], methods: list[str], path: Path) -> Path:
     return path
 
 
+def regimes(cells: list[dict], path: Path) -> Path:
+    """Rollouts to two thirds of uniform sampling's gain, relative to it, over (step per visit x sharing): one column of
+    panels for each rule, one row for each interference (simulate.py's cells). Grey: less than two standard errors."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    from matplotlib.colors import LinearSegmentedColormap
+
+    rules = list(cells[0]["rules"])
+    visits, sharings, rows = (
+        sorted({cell["setting"][key] for cell in cells}) for key in ("visit", "sharing", "interference")
+    )
+    size = (1 + 0.62 * len(visits) * len(rules), 1.2 + 0.52 * len(sharings) * len(rows))
+    figure, axes = plt.subplots(len(rows), len(rules), figsize=size, layout="constrained", squeeze=False)
+    colours = LinearSegmentedColormap.from_list("", [BLUE, "white", ORANGE])
+    for cell in cells:
+        setting = cell["setting"]
+        at = visits.index(setting["visit"]), sharings.index(setting["sharing"])
+        for rule, axis in zip(rules, axes[rows.index(setting["interference"])], strict=True):
+            value = cell["rules"][rule]["late"]
+            bound, clear = value["reached"] < cell["seeds"], abs(value["mean"]) > 2 * value["se"]
+            shade = colours(0.5 + max(-0.5, min(0.5, value["mean"]))) if clear or bound else "#eeeeee"
+            axis.add_patch(plt.Rectangle((at[0] - 0.5, at[1] - 0.5), 1, 1, facecolor=shade, edgecolor="white"))
+            text = f"{'>' if bound else ''}{100 * value['mean']:+.0f}"
+            axis.text(*at, text, ha="center", va="center", fontsize=8, color="black" if clear or bound else "#888888")
+    for i, row in enumerate(axes):
+        for rule, axis in zip(rules, row, strict=True):
+            axis.set(xlim=(-0.5, len(visits) - 0.5), ylim=(-0.5, len(sharings) - 0.5), title="" if i else rule)
+            axis.set_xticks(range(len(visits)), [f"{v:g}" for v in visits], fontsize=8)
+            axis.set_yticks(range(len(sharings)), [f"{v:g}" for v in sharings] if rule == rules[0] else [], fontsize=8)
+            axis.tick_params(length=0)
+            axis.spines[:].set_visible(False)
+        row[0].set_ylabel(f"interference {rows[i]:g}\nsharing")
+    figure.supxlabel("step per visit (logits)", fontsize=10)
+    figure.suptitle(
+        "rollouts to two thirds of uniform sampling's gain, % more or fewer than uniform sampling needs", fontsize=11
+    )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+    return path
+
+
 if __name__ == "__main__":
     for name in sys.argv[1:]:
         print(curves(Path(name)))

@@ -261,7 +261,7 @@ class Prioritized(Saved):
         n = min(n, int(free.sum()))
         chosen: list[int] = []
         places = [(HEAP, n), (UNSOLVED, n), (SOLVED, n)]
-        if self.retest_every and step > 0 and step % self.retest_every == 0:
+        if self.retest_every and step % self.retest_every == 0:
             # in whole prompts over all retests so far, so that even batches of one get to both pools
             before, now = (int(self.retest_solved * n * (step // self.retest_every + i)) for i in (0, 1))
             if not self.epochs.chosen:

@@ -8,13 +8,8 @@ r"""Is this answer right? `grade(responses, golds)` says 1.0 or 0.0 for each.
    `x = 5` (though x = 5 is not y = 5) and the braces of a set.
 6. No response makes `grade` raise, costs more than 3 seconds and 1 GB, or costs another response its score.
 
-Lists, tuples, intervals and relations are taken apart here; then math-verify's LaTeX reader turns each expression into
-sympy's, and the difference of two is evaluated to 600 digits. This is done in child processes, which are killed when
-they take too long: sympy cannot be stopped in any other way. Plain numbers and known pairs need no child.
-
-Known limits. Right but scored 0: overlapping unions, `\mathbb{R} \setminus`, odd roots of negative numbers, `\cdots`,
-3:2 for 3/2, 50% for 1/2. Too kind: few units are compared, others dropped; formulas with variables are compared at
-random real points (`\sqrt{x}^2` is x); all `\pm` go together; `100,200` may be a list or a number.
+What is equal is decided in `answers.py`, in child processes, which are killed when they take too long: sympy cannot be
+stopped in any other way. Plain numbers and known pairs need no child.
 """
 
 import importlib.util
@@ -26,16 +21,16 @@ import signal
 import subprocess
 import sys
 import threading
-import unicodedata
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
 from multiprocessing.connection import wait
 
+import answers
+from answers import LONGEST
+
 SECONDS = 1.7  # for one answer, from the moment a child takes it
 START_SECONDS = 60.0  # for a child to import sympy; 0.5 on a quiet machine
-MEMORY = 1 << 30  # bytes of address space of a child
-LONGEST = 400  # characters of an answer; the longest gold of the six benchmarks has 204
 CACHED = 100_000  # verdicts kept
 BROKEN = 0.2  # more than this share of the answers that need a child fail: the verifier is broken, not the answers
 
@@ -62,212 +57,6 @@ def gold_text(gold):
     return (boxed(text) or "") if "\\boxed" in text else text.strip()
 
 
-# ---- one spelling: each sign that carries structure becomes a single character
-
-SIGNS = {
-    "=": "in ∈", "≈": "approx sim", "≡": "equiv", "≠": "ne neq", "<": "lt", "≤": "le leq leqslant <=", ">": "gt",
-    "≥": "ge geq geqslant >=", "→": "to rightarrow Rightarrow implies iff longrightarrow Leftrightarrow mapsto -> =>",
-    "⦃": "{ lbrace", "⦄": "} rbrace", "⦃⦄": "emptyset varnothing ∅", "(": "langle ⟨", ")": "rangle ⟩", "∪": "cup",
-    "±": "pm", "∓": "mp", "π": "pi", "∞": "infty", "°": "circ degree", "%": "%", "|": "mid vert lvert rvert",
-    "-": "− –", "⏎": "\\", ",": "lor vee", " ": ", ; : quad qquad ~", r"\sqrt ": "√", r"\overline": "bar", "^": "**",
-    "": "$ € £ ! ( ) [ ] left right big Big bigl bigr displaystyle", r"\frac": "dfrac tfrac cfrac",
-    r"\text": "textbf textit textrm mathrm mbox textnormal", r"\binom": "dbinom tbinom", r"\cdot ": "times × ·",
-    "⟦": "begin{pmatrix}", "⟧": "end{pmatrix}",
-}  # fmt: skip
-COMMANDS = {" ": " "} | {name: sign for sign, names in SIGNS.items() for name in names.split()}
-GROUP = r"\{(?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*\}"
-REWRITES = [
-    (r"(?<=\d)(?:\\[,;:! ]|,\\!|\{,\}|[~ ])+(?=\d{3}(?!\d))", ""),  # 58\,500
-    (r"(\\begin|\\end)\{[bB]?matrix\}", r"\1{pmatrix}"),
-    (r"(?<![\\A-Za-z])(sin|cos|tan|ln|log|exp|sqrt|pi)(?![a-z])", r"\\\1 "),
-    (r"\\([a-z]+\{pmatrix\}|[A-Za-z]+|.)|[<>]=|[-=]>|\*\*|[^ -}]", lambda m: COMMANDS.get(m[1] or m[0], m[0])),
-    (r"(?:, *)?(?:\\text *\{[ ,]*(?:and|or) *\}|(?<=\s)(?:and|or)(?=\s))", ","), (r"\\operatorname\{(\w+)\}", r"\\\1 "),
-    (r"(?<![A-Za-z0-9])\s+|\s+(?![A-Za-z0-9])", ""), (r"\s+", " "), (r"[ .,;:$]+$|\$", ""), (r"\^\{?°\}?", "°"),
-    (r"\\(?:text|mathbf)\{([ie]|[\d.]+)\}", r"\1"), (r"(\\sqrt|\^)\(([^()]*)\)", r"\1{\2}"), (r"\^(-?\d+)", r"^{\1}"),
-    (r"\\frac ?([^ {\\]|\\[A-Za-z]+)", r"\\frac{\1}"), (rf"(\\frac{GROUP}) ?([^ {{\\]|\\[A-Za-z]+)", r"\1{\2}"),
-    (r"(\\sqrt(?:\[\w*\])?) ?(\d+|[A-Za-zπ])", r"\1{\2}"),
-    (r"(\\(?:sin|cos|tan|cot|sec|csc)[({ ]*)(\d+)°", r"\1\\frac{\2π}{180}"),
-]  # fmt: skip
-FOR_SYMPY = [
-    (r"(?<![\^_\d.])(\d+\.?\d*)\(", r"\1\\cdot("), (r"\)\(", r")\\cdot("),  # its reader takes 3(4) for 3 4/1
-    (r"\\Gamma(?!\()", r"\\Upsilon "),
-    (r"(\\[A-Za-z]+)|I", lambda m: m[1] or r"\Xi "),  # it takes Gamma for gamma, and I for i
-    (r"([\d.]+)[eE]([+-]?\d+)", r"\1\\cdot 10^{\2}"), (r"(?<![\^_}\d])(\d+) (\d+)/(\d+)", r"(\1+\2/\3)"),
-    (
-        r"(\d+)\.(\d*)\\overline ?\{?(\d+)\}?",  # 0.1\overline{6} is (16 - 1) / 90
-        lambda m: rf"\frac{{{m[1]}{m[2]}{m[3]}-{m[1]}{m[2]}}}{{{10 ** len(m[2] + m[3]) - 10 ** len(m[2])}}}",
-    ),
-    (r"(?<![\w.^}])(\d[0-9A-F]*)_\{?(\d+)\}?(?!\w)", lambda m: str(int(m[1], int(m[2])))),  # 52_8
-]  # fmt: skip
-NAME = r"(?:[A-Za-z\\{}|' ]|_\w|_\{[^{}]*\})+\d*(?:\^\{-1\})?(?:\([^()]*\))?|\([A-Za-z](?:,[A-Za-z])*\)"
-WORDS = r"(?i:no)|(?=.*[A-Za-z]{4}|[A-Z][a-z]{2})[A-Za-z][A-Za-z -]*"
-UNIT_WORDS = "mm|cm|km|kg|degrees?|dollars?|cents?|percent|units?|inches|feet|miles|hours|minutes|seconds|meters"
-UNIT = rf"(?:/|\\cdot )?(?:[%°]|\\text\{{(?:[^{{}}]|\{{[^{{}}]*\}})*\}}|(?<=\d) ?(?:{UNIT_WORDS}))(?:\^\{{?-?\d\}}?)?"
-COMPARED = {"%", "°", *(rf"\text{{{unit}}}" for unit in ("mm", "cm", "m", "km", "g", "kg", "s", "min", "h"))}
-
-
-def tidy(text):
-    text = unicodedata.normalize("NFKC", text.replace("²", "^2").replace("³", "^3"))
-    for pattern, new in REWRITES:
-        text = re.sub(pattern, new, text, flags=re.DOTALL)
-    return text
-
-
-# ---- equality of tidy texts: structure first
-
-
-def split(text, marks):
-    """Cut at the marks outside all brackets: [text, mark, text, mark, text]."""
-    pieces, start, depth = [], 0, 0
-    for at, letter in enumerate(text):
-        depth += (letter in "([{⦃⟦") - (letter in ")]}⦄⟧")
-        if letter in marks and depth == 0:
-            pieces += [text[start:at], letter]
-            start = at + 1
-    return [*pieces, text[start:]]
-
-
-def ends(text):
-    """The pair of brackets around the whole text, or ""."""
-    whole = text[:1] in tuple("([{⦃⟦") and split(text, ")]}⦄⟧")[1:] == [text[-1], ""]
-    return text[0] + text[-1] if whole else ""
-
-
-def members(text):
-    r"""Of a list, set or union; one for anything else. `1±2` has two; `{5}`, `(5)` and `\text{(C)}` have one."""
-    while re.fullmatch(r"\\text\{[^{}]*\}", text) or (ends(text) in ("{}", "()") and not re.search("[,;]", text)):
-        text = text.removeprefix(r"\text")[1:-1].strip(" .")
-    text = re.sub(rf"^(?:{NAME})=(?=⦃)", "", text)
-    is_set, found = ends(text) == "⦃⦄", []
-    for part in filter(None, split(text[1:-1] if is_set else text, ",;⏎∪")[::2]):
-        found += dict.fromkeys(part.translate(str.maketrans("±∓", signs)) for signs in ("+-", "-+"))
-    return list(dict.fromkeys(found)) if is_set else found
-
-
-def relation(text):
-    """[text, sign, text, ...], the small side first. Bounds on a name become an interval: `2<x` is [x, =, (2,∞)]."""
-    pieces = split(text, "=≠<>≤≥≈≡→")
-    if len(pieces) > 1 and set(pieces[1::2]) <= {">", "≥"}:
-        pieces = [piece.translate(str.maketrans(">≥", "<≤")) for piece in reversed(pieces)]
-    if len(pieces) == 3 and pieces[1] in "<≤":
-        pieces = ["-∞", "<", *pieces] if re.fullmatch(NAME, pieces[0]) else [*pieces, "<", "∞"]
-    if len(pieces) == 5 and {pieces[1], pieces[3]} <= {"<", "≤"} and re.fullmatch(NAME, pieces[2]):
-        low, left, name, right, high = pieces
-        pieces = [name, "=", f"{'(' if left == '<' else '['}{low},{high}{')' if right == '<' else ']'}"]
-    return pieces
-
-
-def same(a, b):
-    """Are two tidy texts equal? Takes lists, relations and brackets apart; the rest is for `same_value`."""
-    if a == b or not a or not b:
-        return a == b != ""
-    xs, ys = members(a), members(b)
-    if len(xs) != 1 or len(ys) != 1:
-        for x in xs:
-            if (twin := next((y for y in ys if same(x, y)), None)) is None:
-                return False
-            ys.remove(twin)
-        return xs != ys == []
-    a, b = xs[0], ys[0]
-    xs, ys = relation(a), relation(b)
-    if len(xs) > 1 and len(ys) > 1:
-        alike = xs[1::2] == ys[1::2]
-        return alike and (all(map(same, xs[::2], ys[::2])) or (xs[1::2] == ["="] and same_value(a, b)))
-    if len(xs) > 1 or len(ys) > 1:  # `x=5` and 5, `2+3=5` and 5
-        chain, value = (xs, b) if len(xs) > 1 else (ys, a)
-        values = [part for part in chain[:-1:2] if not re.fullmatch(NAME, part)] + chain[-1:]
-        return set(chain[1::2]) == {"="} and all(same(part, value) for part in values)
-    if ends(a) or ends(b):  # tuples, intervals, matrices
-        xs, ys = split(a[1:-1], ",;&⏎"), split(b[1:-1], ",;&⏎")
-        return ends(a) == ends(b) and xs[1::2] == ys[1::2] and all(map(same, xs[::2], ys[::2]))
-    return same_value(a, b)
-
-
-def equal(gold, answer):
-    """`1,234` may be a list or a number: try both."""
-    thousands = r"(?<![\d.,(\[{])\d{1,3}(?:,\d{3})+(?!\d)"
-    joined = [re.sub(thousands, lambda m: m[0].replace(",", ""), text) for text in (gold, answer)]
-    return same(*map(tidy, joined)) or (joined != [gold, answer] and same(tidy(gold), tidy(answer)))
-
-
-# ---- equality of expressions, words and equations (in a child only: this may take for ever)
-
-
-def same_value(a, b):
-    """Equal in value or, if they are words, in spelling; the case of the first letter does not count."""
-    from math_verify import verify
-    from sympy import Expr
-
-    (a, unit), (b, other) = (re.fullmatch(rf"\+?(.+?)((?:{UNIT})*)", text).groups() for text in (a, b))
-    if unit != other and {unit, other} <= COMPARED:
-        return False
-    if a == b or re.fullmatch(WORDS, a) or re.fullmatch(WORDS, b):
-        return a[:1].lower() + a[1:] == b[:1].lower() + b[1:]
-    try:
-        x, y = expression(a), expression(b)
-        if isinstance(x, Expr) and isinstance(y, Expr):
-            return agree(x, y)
-        return bool(x.free_symbols) and verify(x, y, numeric_precision=LONGEST, timeout_seconds=None)
-    except Exception:  # not mathematics, or too odd for sympy
-        return False
-
-
-def expression(text):
-    """What sympy makes of it, all decimals exact."""
-    from latex2sympy2_extended.latex2sympy2 import ConversionConfig, latex2sympy
-    from sympy import Derivative, Float, I, Rational, nan, zoo
-
-    for pattern, new in FOR_SYMPY:
-        text = re.sub(pattern, new, text)
-    for sign in SIGNS:
-        text = text.replace(sign, f"\\{SIGNS[sign].split()[0]} ") if sign > "~" else text
-    if re.search(r"\\text|\\p?mod|'|\^\{?T|(?<!_)\b\d+ \d", text):
-        raise ValueError("not one expression, or one that the reader takes for another")
-    x = latex2sympy(text, normalization_config=None, conversion_config=ConversionConfig(lowercase_symbols=False))
-    exact = {atom: Rational(str(atom)) for atom in x.atoms(Float)}
-    if not re.search(r"\\(sum|prod)", text):
-        exact |= {symbol: I for symbol in x.free_symbols if symbol.name == "i"}
-    value = x.xreplace(exact).doit()
-    if value.has(zoo, nan) or x.has(Derivative):
-        raise ValueError("no value")
-    return value
-
-
-def agree(x, y):
-    """Equal at ten random points (of these, where both are real), to more digits than an answer can hold."""
-    from sympy import I, Rational
-
-    names, tested = sorted((x - y).free_symbols, key=str), 0
-    digits = 200 if names else 600
-    for k in range(10 if names else 1):
-        point = {name: Rational(random.Random(f"{name} {k}").randint(-99 * k, 1000), 499) for name in names}
-        u, v = x.xreplace(point), y.xreplace(point)
-        if names and not x.has(I) and not (u.evalf().is_real and v.evalf().is_real):
-            continue
-        if u != v and ((u - v).is_Rational or abs((u - v).evalf(20, maxn=digits)) > Rational(1, 10 ** (digits - 100))):
-            return False
-        tested += 1
-    return tested > 0
-
-
-def worker():
-    """The child: reads [gold, answer] lines, says right or wrong. If `equal` raises, it dies, which counts as wrong."""
-    import resource
-
-    out = os.dup(1)
-    os.dup2(2, 1)  # what a library may print is no verdict
-    if not equal(r"2\sqrt2", r"\sqrt8") or equal("x", "y"):
-        raise SystemExit("math-verify or sympy does not work as it should")
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
-    os.write(out, b"ready\n")
-    # after an answer that took much memory (in KB), make room for a fresh child
-    while resource.getrusage(resource.RUSAGE_SELF).ru_maxrss < 300_000 and (line := sys.stdin.readline()):
-        signal.alarm(10)  # the end if the parent is no longer there to see to it
-        os.write(out, b"right\n" if equal(*json.loads(line)) else b"wrong\n")
-        signal.alarm(0)
-
-
 # ---- the children, one for each thread of a pool
 
 _mine, _lock, _pools, _cache, _counts = threading.local(), threading.Lock(), {}, {}, Counter()
@@ -287,7 +76,7 @@ def spawn():
     # not multiprocessing, which would import the trainer's __main__ once more
     environ = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONHASHSEED": "0", "LD_PRELOAD": ""}
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, "bufsize": 0}
-    command = [sys.executable, "-P", os.path.abspath(__file__), "--worker"]
+    command = [sys.executable, "-P", os.path.abspath(answers.__file__)]
     _mine.child, _mine.ready = subprocess.Popen(command, env=environ, start_new_session=True, **pipes), False
 
 
@@ -318,6 +107,8 @@ def ask(gold, answer):
         spawn()  # at once, so that the next answer need not wait
         if not again:
             break
+    else:
+        verdict = "failed"  # three children lost to something else than this answer
     return verdict
 
 
@@ -327,6 +118,8 @@ def quick(gold, answer):
         return "no_box"
     if max(len(gold), len(answer)) > LONGEST:
         return "too_long" if len(answer) > LONGEST else "wrong"
+    if answer == gold:
+        return "right"
     plain = r"[-+]?(?:\d+(?:/0*[1-9]\d*)?|\d+\.\d*|\.\d+)"
     if re.fullmatch(plain, gold) and re.fullmatch(plain, answer):
         return "right" if Fraction(gold) == Fraction(answer) else "wrong"
@@ -345,7 +138,7 @@ def grade(responses, golds):
             failed += hard[pair] * (verdicts[pair] == "failed")
             if hard.total() >= 20 and failed > BROKEN * hard.total():
                 why = f"the verifier failed on {failed} of {hard.total()} answers, so scores would mean nothing"
-                raise RuntimeError(f"{why}; `{sys.executable} {__file__} --worker` shows the error")
+                raise RuntimeError(f"{why}; `{sys.executable} {answers.__file__}` shows the error")
     finally:
         for job in jobs.values():
             job.cancel()
@@ -422,7 +215,3 @@ def load(name):
         return [float(reward) for reward in rewards]
 
     return checked
-
-
-if __name__ == "__main__":
-    worker()

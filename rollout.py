@@ -67,10 +67,9 @@ def load_model(path: str, gradient_checkpointing: bool = False):
         ) from error
     stop = model.generation_config.eos_token_id
     stop = set(stop if isinstance(stop, list) else [stop]) | {tokenizer.eos_token_id}
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     if gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    model = model.to(device).eval()
+    model = model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
     check_model(model)
     return model, tokenizer, sorted(stop - {None})
 
@@ -92,11 +91,10 @@ class TransformersEngine:
         self.batch_size = batch_size  # answers decoded side by side; bounds the KV cache
         self.autocast = torch.autocast(model.device.type, torch.bfloat16, enabled=dtype == "bfloat16")
 
-    def close(self) -> None:
-        pass
-
     def sleep(self) -> None:
         """Nothing to give up: the KV cache went with the last batch."""
+
+    close = sleep
 
     @torch.no_grad()
     def sync(self, model=None) -> float:
@@ -179,8 +177,7 @@ SYNC_BOUND = {"float32": 0.05, "bfloat16": 1.0}
 class VLLMEngine:
     """vLLM in the trainer's process, on a GPU or a CPU. Without a model its weights stay those of `path`.
 
-    A default process group stays behind where there was none. One engine at a time: when one is collected, it takes the
-    communication groups of all others with it.
+    Leaves a default process group behind. One engine at a time: one that is collected takes the groups of all.
     """
 
     name = "vllm"
@@ -191,8 +188,7 @@ class VLLMEngine:
         self.sleeps, self.asleep = cuda and not cfg.keep_resident, False  # vLLM on a CPU does not know how to
         os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_NO_USAGE_STATS": "1"}  # before the import
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-        if not cuda:
-            os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # it would compile one small helper, with a C++ compiler
+        os.environ.setdefault("TORCHDYNAMO_DISABLE", "0" if cuda else "1")  # on a CPU it needs a C++ compiler
         self.peers = dist.new_subgroups(cfg.tensor_parallel)[0] if cfg.tensor_parallel > 1 else None
         parallel = {"tensor_parallel_size": cfg.tensor_parallel, "distributed_executor_backend": "external_launcher"}
         with trainer_untouched():
@@ -215,8 +211,7 @@ class VLLMEngine:
         if model is not None:
             # ids of the lower half: the upper end may be padding, which no tokenizer knows and no training touched
             half = model.config.get_text_config().vocab_size // 2
-            ids = [tuple((4 * i + j) % half for j in range(min(4, cfg.max_prompt_tokens))) for i in range(PROBES)]
-            self.probes = [Prompt(i, "", "", row) for i, row in enumerate(ids)]
+            self.probes = [Prompt(i, "", "", (i % half,)) for i in range(PROBES)]
             self.sync(model)
 
     def generate(self, prompts: list[Prompt], n: int, seed: int, step: int, temperature=None, limit=0) -> list[Group]:
@@ -289,10 +284,9 @@ class VLLMEngine:
         groups = self.generate(self.probes, 1, 0, 0, temperature=1.0, limit=min(PROBE_TOKENS, self.max_tokens))
         pairs = zip(self.probes, groups, strict=True)
         answers = [Sequence(probe.ids, group.tokens[0], group.logprobs[0], 0.0, 0) for probe, group in pairs]
-        device = next(model.parameters()).device
-        (batch,) = pack(answers, tokens=2 * PROBES * PROBE_TOKENS, device=device)
-        # sharded over ranks, the model has its own mixed precision
-        with torch.autocast(device.type, torch.bfloat16, enabled=self.dtype == "bfloat16" and ranks.world() == 1):
+        (batch,) = pack(answers, tokens=2 * PROBES * PROBE_TOKENS, device=model.model.device)
+        half = self.dtype == "bfloat16" and ranks.world() == 1  # over several ranks FSDP takes care of precision
+        with torch.autocast(batch.input_ids.device.type, torch.bfloat16, enabled=half):
             logprobs, _ = model(batch, 1.0)
         engine = torch.cat([answers[i].behaviour for i in batch.sequences]).to(logprobs.device)
         return (engine - logprobs).abs().max().item()
@@ -312,9 +306,8 @@ def trainer_untouched():
     CPU sets variables that child processes would inherit: all of it is put back."""
     python, numpy, set_num_threads = random.getstate(), np.random.get_state(), torch.set_num_threads
     variables = {name: os.environ.get(name) for name in ("LD_PRELOAD", "LOCAL_WORLD_SIZE")}
-    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
     try:
-        with torch.random.fork_rng(devices):
+        with torch.random.fork_rng([torch.cuda.current_device()] if torch.cuda.is_available() else []):
             yield
     finally:
         random.setstate(python)
@@ -337,13 +330,13 @@ def make_engine(kind: str, model, model_path: str, stop_ids, cfg) -> Transformer
     if kind == "vllm" and not installed:
         raise ValueError("vLLM is not installed: pip install -r requirements.txt, or use --engine transformers")
     if kind == "vllm" and ranks.world() % cfg.tensor_parallel:
-        raise ValueError(
-            f"--tensor-parallel {cfg.tensor_parallel} does not divide the {ranks.world()} ranks of torchrun"
-        )
+        raise ValueError(f"--tensor-parallel {cfg.tensor_parallel} needs a multiple of so many ranks: see torchrun")
     config = (AutoConfig.from_pretrained(model_path) if model is None else model.config).get_text_config()
     context, wanted = getattr(config, "max_position_embeddings", None), cfg.max_prompt_tokens + cfg.max_tokens
     if context and wanted > context:
-        raise ValueError(f"{model_path} has a context of {context}: --max-prompt-tokens and --max-tokens make {wanted}")
+        raise ValueError(
+            f"{model_path} has a context of {context}; lower --max-prompt-tokens or --max-tokens, {wanted} together"
+        )
     if ranks.is_main():
         print(f"engine: {kind} ({why})")
     if kind == "transformers":

@@ -6,20 +6,22 @@
 
 The policy: a prompt needs all of its skills, and each skill comes off with probability sigmoid(its logit), so that a
 prompt's pass rate is a product of sigmoids. Answers are drawn, a group's advantages are reward minus group mean, and
-REINFORCE moves the logits. The three numbers that matter:
+REINFORCE moves the logits. The numbers that matter:
 
-    --visit       logits by which one visit moves a prompt of one skill at pass rate one half; the learning rate
-    --sharing     1 - skills / skill slots: 0 no two prompts share a skill; 0.5 each is in two prompts; 0.975 in forty
-    --difficulty  share of prompts with a skill that hardly ever comes off (0.03) at the start
+    --visit         logits by which one visit moves a prompt of one skill at pass rate one half: the learning rate
+    --sharing       0: no two prompts share a skill; 0.5: each skill is in two prompts; 0.975: in forty
+    --interference  share of each step that does not stay with the skills it is meant for. 0: none of it, and nothing is
+                    ever forgotten; else it moves all skills, up or down, by how alike their random features are
+    --difficulty    share of prompts with a skill that hardly ever comes off (0.03) at the start
 
-Accuracy is exact: over held-out prompts made of the same skills or, where nothing is shared, over the prompts trained
-on. A rule's seeds are matched with uniform sampling's: same prompts, same skills, same order of epochs. All errors are
-standard errors over these pairs. What it leaves out: interference and generalisation other than by sharing, answers'
-length and time (a rollout is a rollout), and anything a network's optimiser does beyond momentum and one global scale.
+Accuracy is exact: over new combinations of the skills trained on or, where nothing is shared, over the prompts trained
+on. A rule's seeds are matched with uniform sampling's: same skills, same prompts, same order of epochs. What it leaves
+out: answers' length and time (a rollout is a rollout), and all that a network's features do beyond random overlap.
 """
 
 import argparse
 import dataclasses
+import itertools
 import json
 import math
 import sys
@@ -29,6 +31,7 @@ from pathlib import Path
 
 import numpy as np
 
+import plot
 from replay import GRESO, Prioritized, PromptReplay, Uniform
 
 HERE = Path(__file__).parent
@@ -41,14 +44,27 @@ RULES = {
     "rare": partial(PromptReplay, band=(1e-6, 0.5), share=0.5, cooldown=5, max_reuse=5),
     "cautious": partial(PromptReplay, band=(1e-6, 0.25), share=0.5, cooldown=5, max_reuse=5),
 }
-VISITS, SHARINGS = (0.04, 0.14, 0.4, 1.4, 4.0), (0.0, 0.5, 0.9, 0.975)  # of the map
+VISITS, SHARINGS, INTERFERENCES = (0.04, 0.14, 0.4, 1.4, 4.0), (0.0, 0.5, 0.9, 0.975), (0.0, 0.5)  # of the map
 RARE, SOLVED, HELD_OUT, POINTS, FEATURES = 0.03, 0.97, 500, 100, 16
 MOMENTUM, MEMORY = 0.9, 0.95  # of --optimizer adam
+FIGURES = ("dead", "replayed", "distinct", "moved_fresh", "moved_replayed")
+HELP = {
+    "visit": "logits by which one visit moves a prompt of one skill at pass rate one half",
+    "sharing": "1 - skills / skill slots: 0 each prompt its own; 0.5 each skill in two prompts; 0.975 in forty",
+    "difficulty": "share of prompts with a skill that hardly ever comes off at the start",
+    "interference": "share of each step that goes along features that all skills have at random",
+    "skills": "skills of a prompt",
+    "prompts": "prompts in the data set",
+    "prompts_per_step": "prompts of a step",
+    "answers": "answers to a prompt",
+    "steps": "steps at most; fewer where uniform sampling gets four fifths of the way sooner",
+    "optimizer": "sgd, or adam: momentum and one scale for all logits",
+}
 
 
 @dataclass
 class Setting:
-    """One cell of the map."""
+    """One cell of the map; HELP says what the numbers are."""
 
     visit: float = 0.14
     sharing: float = 0.0
@@ -101,8 +117,8 @@ def accuracy(theta: np.ndarray, test: np.ndarray) -> np.ndarray:
 
 
 def reinforce(rate: np.ndarray, uniforms: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Answers of prompts whose skills come off with `rate` [S, P, K], by random numbers [S, P, G, K]: how many are right
-    [S, P], and the REINFORCE gradient of the skills' logits [S, P, K], centred advantages, mean over G."""
+    """Answers of prompts whose skills come off with `rate` [S, P, K], by random numbers [S, P, G, K]: how many are
+    right [S, P], and the REINFORCE gradient of the skills' logits [S, P, K], centred advantages, mean over G."""
     came_off = uniforms < rate[:, :, None]  # [S, P, G, K]
     right = came_off.all(3)
     advantage = right - right.mean(2, keepdims=True)
@@ -158,18 +174,17 @@ class Policy:
 # ---------------------------------------------------------------- runs
 
 
-def run(setting: Setting, rule, seeds: list[int], salt: int = 0) -> dict[str, np.ndarray]:
-    """One rule, all seeds side by side; `rule(num_prompts, seed)` makes a sampler. Accuracy [S, points + 1], first of
-    the start, after the rollouts `cost` [points + 1]; and by seed [S] the shares of zero-variance groups and of replayed
-    prompts, distinct prompts, and how far a prompt's pass rate was found to have moved since its last visit."""
+def run(setting: Setting, rule, seeds: list[int], salt: int = 0, until: float = 1.0) -> dict[str, np.ndarray]:
+    """One rule, all seeds side by side; `rule(num_prompts, seed)` makes a sampler. Ends early when the share `until` of
+    what was wrong at the start is right, on average. Returns accuracy [S, points], first of the start, after `cost`
+    rollouts [points]; and by seed [S] the shares of zero-variance groups and of replayed prompts, distinct prompts, and
+    the mean change of a prompt's pass rate since its last visit, where an epoch and where replay brought it back."""
     policy = Policy(setting, seeds, salt)
     samplers = [rule(setting.prompts, seed + 100_000 * salt) for seed in seeds]
-    count, g = len(seeds), setting.answers
-    every = max(setting.steps // POINTS, 1)
+    g, shape = setting.answers, (2, len(seeds))
     curve, cost = [accuracy(policy.theta, policy.test)], [0]
-    last = np.full((count, setting.prompts), np.nan)  # pass rate at the latest visit
-    dead, moved, moves = np.zeros(count), np.zeros((2, count)), np.zeros((2, count))  # [fresh, replayed]
-    replayed = np.zeros(count)
+    last = np.full((len(seeds), setting.prompts), np.nan)  # pass rate at the latest visit
+    dead, replayed, moved, moves = np.zeros(shape[1]), np.zeros(shape[1]), np.zeros(shape), np.zeros(shape)
     for step in range(1, setting.steps + 1):
         chosen = np.array([sampler.draw(setting.prompts_per_step, step) for sampler in samplers])  # [S, P]
         correct = policy.step(chosen)
@@ -184,25 +199,140 @@ def run(setting: Setting, rule, seeds: list[int], salt: int = 0) -> dict[str, np
             moves[kind] += known.sum(1)
         dead += ((correct == 0) | (correct == g)).mean(1)
         replayed += back.mean(1)
-        if step % every == 0:
+        if step % max(setting.steps // POINTS, 1) == 0:
             curve.append(accuracy(policy.theta, policy.test))
             cost.append(step * setting.prompts_per_step * g)
+            if (curve[-1] - curve[0]).mean() >= until * (1 - curve[0]).mean():
+                break
     with np.errstate(invalid="ignore"):
-        gauge = moved / moves  # nan where nothing came again
+        fresh, again = moved / moves  # nan where nothing came again
     return {
-        "accuracy": np.stack(curve, 1), "cost": np.array(cost), "dead": dead / setting.steps,
-        "replayed": replayed / setting.steps, "distinct": (~np.isnan(last)).sum(1), "moved_fresh": gauge[0],
-        "moved_replayed": gauge[1],
+        "accuracy": np.stack(curve, 1), "cost": np.array(cost), "dead": dead / step, "replayed": replayed / step,
+        "distinct": (~np.isnan(last)).sum(1), "moved_fresh": fresh, "moved_replayed": again,
     }  # fmt: skip
 
 
-def rollouts_to(level: float, curve: np.ndarray, cost: np.ndarray) -> np.ndarray:
-    """Rollouts after which each seed's accuracy [S, points] first reaches `level`, between points by a straight line;
-    infinite for seeds that never do."""
-    level = np.broadcast_to(level, (len(curve), 1))[:, 0]
+def rollouts_to(level: np.ndarray, curve: np.ndarray, cost: np.ndarray) -> np.ndarray:
+    """Rollouts after which each seed's accuracy [S, points] first reaches its `level` [S], between points by a straight
+    line; infinite for seeds that never do."""
     above = curve >= level[:, None]
     at = above.argmax(1)
     rows, before = np.arange(len(curve)), np.maximum(at - 1, 0)
     rise = curve[rows, at] - curve[rows, before]
     part = np.where(at > 0, (level - curve[rows, before]) / np.where(rise > 0, rise, 1), 0)
     return np.where(above.any(1), cost[before] + part * (cost[at] - cost[before]), np.inf)
+
+
+def mean(values: np.ndarray) -> dict:
+    """Mean over seeds and its standard error."""
+    return {"mean": float(values.mean()), "se": float(values.std(ddof=1) / math.sqrt(len(values)))}
+
+
+def against(base: dict, arm: dict) -> dict:
+    """A rule's run against uniform sampling's, seed by seed: rollouts relative to it for a third and for two thirds of
+    what it gains in the run, and differences of the mean and of the last accuracy. Where a seed never gets there, the
+    run's length stands for it, `reached` counts the others, and the mean is a lower bound."""
+    start, gain = base["accuracy"][:, 0], base["accuracy"][:, -1] - base["accuracy"][:, 0]
+    result = {}
+    for name, part in (("early", 1 / 3), ("late", 2 / 3)):
+        level = start + part * gain
+        needed = rollouts_to(level, arm["accuracy"], arm["cost"])
+        ratio = np.minimum(needed, arm["cost"][-1]) / rollouts_to(level, base["accuracy"], base["cost"])
+        logs = mean(np.log(ratio))
+        factor = math.exp(logs["mean"])
+        result[name] = {"mean": factor - 1, "se": factor * logs["se"], "reached": int(np.isfinite(needed).sum())}
+    difference = arm["accuracy"] - base["accuracy"]
+    result |= {"area": mean(difference.mean(1)), "end": mean(difference[:, -1])}
+    return result | {key: float(arm[key].mean()) for key in FIGURES}
+
+
+def compare(setting: Setting, rules: list[str], seeds: list[int]) -> dict:
+    """All rules in one setting. The budget: --steps, or as many as take uniform sampling four fifths of the way."""
+    pilot = run(setting, Uniform, seeds[:8], until=0.8)
+    least = min(setting.steps, 20)
+    steps = max(int(pilot["cost"][-1]) // (setting.prompts_per_step * setting.answers), least)
+    setting = dataclasses.replace(setting, steps=steps)
+    base = run(setting, Uniform, seeds)
+    result = {"setting": dataclasses.asdict(setting), "seeds": len(seeds), "rules": {}}
+    result |= {"start": float(base["accuracy"][:, 0].mean()), "end": float(base["accuracy"][:, -1].mean())}
+    for name in rules:
+        arm = base if name == "uniform" else run(setting, RULES[name], seeds, salt=int(name == "placebo"))
+        result["rules"][name] = against(base, arm)
+    return result
+
+
+# ---------------------------------------------------------------- what comes out
+
+
+def shown(value: dict, seeds: int, scale: float = 100) -> str:
+    few = "" if value.get("reached", seeds) == seeds else ">"
+    return f"{few}{scale * value['mean']:+.1f} ±{scale * value['se']:.1f}".rjust(15)
+
+
+def table(result: dict) -> str:
+    cell, n = result["setting"], result["seeds"]
+    lines = [", ".join(f"{name.replace('_', ' ')} {value}" for name, value in cell.items())]
+    rollouts = cell["steps"] * cell["prompts_per_step"] * cell["answers"]
+    lines += [f"uniform sampling: accuracy {result['start']:.3f} to {result['end']:.3f} in {rollouts:,} rollouts"]
+    lines += [f"against it, standard errors over {n} matched seeds; rollouts in %, accuracy in points; > a lower bound"]
+    lines += ["", f"{'':12}" + "".join(
+        text.rjust(15) for text in ("to 1/3 of gain", "to 2/3 of gain", "mean accuracy", "last accuracy",
+                                    "zero variance", "replayed", "moved, epochs", "moved, replay"))]  # fmt: skip
+    for name, row in result["rules"].items():
+        parts = [shown(row[key], n) for key in ("early", "late", "area", "end")]
+        parts += [f"{row[key]:15.2f}" for key in ("dead", "replayed")]
+        parts += [f"{row[key]:+15.3f}" for key in ("moved_fresh", "moved_replayed")]
+        lines.append(f"{name:12}" + "".join(parts))
+    return "\n".join(lines)
+
+
+def draw_map(setting: Setting, rules: list[str], seeds: list[int], path: Path, grid=None) -> Path:
+    """Rules over (step per visit x sharing), without and with interference; numbers beside the figure, in a .json."""
+    visits, sharings, interferences = grid or (VISITS, SHARINGS, INTERFERENCES)
+    cells = []
+    for interference, sharing, visit in itertools.product(interferences, sharings, visits):
+        cell = dataclasses.replace(setting, visit=visit, sharing=sharing, interference=interference)
+        cells.append(compare(cell, rules, seeds))
+        print(f"{len(cells)}: visit {visit}, sharing {sharing}, interference {interference}", file=sys.stderr)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = ",\n".join(json.dumps(rounded(cell)) for cell in cells)
+    path.with_suffix(".json").write_text(f"[\n{text}\n]\n")
+    return plot.regimes(cells, path)
+
+
+def rounded(value):
+    if isinstance(value, dict):
+        return {key: rounded(v) for key, v in value.items()}
+    return (None if math.isnan(value) else float(f"{value:.4g}")) if isinstance(value, float) else value
+
+
+def main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    for field in dataclasses.fields(Setting):
+        choices = ("sgd", "adam") if field.name == "optimizer" else None
+        parser.add_argument(
+            "--" + field.name.replace("_", "-"), type=field.type, default=field.default, choices=choices,
+            help=f"{HELP[field.name]} ({field.default})",
+        )  # fmt: skip
+    usual = [name for name in RULES if name != "placebo"]
+    parser.add_argument("--rules", nargs="+", choices=RULES, default=usual, metavar="RULE", help=", ".join(RULES))
+    parser.add_argument("--seeds", type=int, default=16, help="matched seeds (16)")
+    parser.add_argument("--map", nargs="?", type=Path, const=HERE / "out" / "map.png", metavar="FILE.png",
+                        help="draw the map; its numbers go beside it (out/map.png)")  # fmt: skip
+    args = vars(parser.parse_args(argv))
+    rules, seeds, path = args.pop("rules"), list(range(args.pop("seeds"))), args.pop("map")
+    try:
+        setting = Setting(**args)
+        if len(seeds) < 2:
+            raise ValueError(f"--seeds must be at least 2, for a standard error, got {len(seeds)}")
+        print(draw_map(setting, rules, seeds, path) if path else table(compare(setting, rules, seeds)))
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

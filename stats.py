@@ -4,7 +4,9 @@ The problems are the clusters (Miller, 2411.00640): answers to one problem are n
 one value, the share of its answers that are right, and the standard error is that of a mean over problems. (30 problems
 with 32 answers each, taken for 960 independent ones, would give an interval that covers the truth one time in three.)
 Intervals of accuracies are Wilson's, at the number of independent answers that the standard error amounts to, with a t
-quantile: near 0 and 1 the plain t interval covers too little. Two models are compared problem by problem.
+quantile: near 0 and 1 the plain t interval covers too little. (Simulated, 30 problems, U-shaped pass rates, 1 or 32
+answers: 0.94 to 0.97; where nearly no problem is ever solved, mean 0.05: 0.87 to 0.94, and plain t 0.78 to 0.87.) Two
+models are compared problem by problem.
 """
 
 import json
@@ -104,7 +106,8 @@ def difference(mean: float, se: float, df: int, n: int) -> dict:
 
 
 def paired(a: list[list[int]], b: list[list[int]]) -> dict:
-    """`b` minus `a`: scores of the answers to the same problems, one list for each problem."""
+    """`b` minus `a`: scores of the answers to the same problems, one list for each problem. With one answer each the p
+    value is McNemar's, which is exact, and more cautious than the interval."""
     d = [fmean(y) - fmean(x) for x, y in zip(a, b, strict=True)]
     result = difference(fmean(d), stdev(d) / math.sqrt(len(d)) if len(d) > 1 else 0.5, max(len(d) - 1, 1), len(d))
     if all(len(scores) == 1 for scores in a + b):

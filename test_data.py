@@ -3,6 +3,7 @@
 import json
 import random
 from collections import Counter
+from types import SimpleNamespace
 
 import datasets
 import pytest
@@ -121,6 +122,17 @@ DAPO_BEFORE = (
 DAPO_AFTER = '\n\nRemember to put your answer on its own line after "Answer:".'
 
 
+def prepared(name: str, evaluation: dict, missing=()) -> tuple[list, str]:
+    return data.prepare(Namespace(data=name, difficulty=(0.0, 1.0)), evaluation, missing)
+
+
+class Namespace(SimpleNamespace):
+    """A configuration whose other fields are not set."""
+
+    def __getattr__(self, _):
+        return None
+
+
 def user(text: str) -> list[dict]:
     return [{"role": "user", "content": text}]
 
@@ -216,7 +228,7 @@ def test_known_data_sets_in_their_own_shapes(tmp_path, monkeypatch, name, rows, 
         )
     else:
         name = f"{name}={write(tmp_path, 'copy.jsonl', chr(10).join(map(json.dumps, rows)))}"
-    pairs, line = data.prepare(name, {})
+    pairs, line = prepared(name, {})
     assert pairs == expected
     assert f"{len(rows)} rows" in line and data.fingerprint(expected)[:16] in line
     if hub:
@@ -240,7 +252,8 @@ def test_repeats_and_overlap_are_left_out_and_counted(tmp_path):
     ]
     problems += [("aime\nOne", "3"), ("A MATH-500 one", "4"), ("new", "5")]
     path = write(tmp_path, "a.jsonl", "\n".join(json.dumps({"problem": p, "answer": a}) for p, a in problems))
-    pairs, line = data.prepare(path, {"aime24": ["AIME  one."], "math500": ["other", user("a math-500 one" + THINK)]})
+    tests = {"aime24": ["AIME  one."], "math500": ["other", user("a math-500 one" + THINK)]}
+    pairs, line = prepared(path, tests, ["amc23", "minerva"])
     assert pairs == [("What is $2^{10}$?", "1024"), ("new", "5")]
     for part in (
         "7 rows",
@@ -249,10 +262,11 @@ def test_repeats_and_overlap_are_left_out_and_counted(tmp_path):
         "2 in aime24",
         "1 in math500",
         "left 2 problems",
+        "not compared with amc23, minerva",
     ):
         assert part in line
     with pytest.raises(ValueError, match="no problem is left: 7 rows, 6 in x, 1 in y"):
-        data.prepare(path, {"x": ["what is 2^10", "aime one", "a math-500 one"], "y": ["new"]})
+        prepared(path, {"x": ["what is 2^10", "aime one", "a math-500 one"], "y": ["new"]})
 
 
 @pytest.mark.parametrize(
@@ -290,10 +304,10 @@ def test_difficulty_keeps_pass_rates_within_the_range_and_counts_the_others(tmp_
             data.load(name, difficulty=(0.9, 0.95))
     path = write(tmp_path, "b.jsonl", '{"problem": "x", "answer": "1", "difficulty": "hard"}')
     with pytest.raises(ValueError, match="row 1: difficulty 'hard' is no pass rate"):
-        data.load(path, difficulty=(0, 1))
+        data.load(path, difficulty=(0, 0.9))
     path = write(tmp_path, "c.jsonl", '{"problem": "x", "answer": "1"}')
     with pytest.raises(ValueError, match="lacks difficulty.*it has problem, answer"):
-        data.load(path, difficulty=(0, 1))
+        data.load(path, difficulty=(0, 0.9))
     with pytest.raises(ValueError, match="lacks dataset.*it has problem, answer"):
         data.load(f"dolci={path}")
 

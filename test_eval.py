@@ -633,6 +633,7 @@ BAD = {
     "temperature": (["--temperature", "-1"], "--temperature must be at least 0"),
     "max-tokens": (["--max-tokens", "0"], "--max-tokens and --batch at least 1"),
     "revision": (["--revision", "aime26=abc"], "--revision: no 'aime26' here; there is aime24, aime25"),
+    "thinking": (["--thinking"], "--thinking cannot be set"),
     "reward": (["--reward", "nonsense"], "--reward nonsense"),
     "twice": (["--benchmarks", "{tmp}/mine.jsonl", "{tmp}/b/mine.jsonl"], "two benchmarks are called 'mine'"),
     "no baseline": (["--baseline", "none.json"], "no results at none.json; give a results.json"),
@@ -750,3 +751,15 @@ def test_killed_process_goes_on(tmp_path):
     assert results(tmp_path / "out") == results(tmp_path / "whole")
     after = [json.loads(line) for line in completions.read_text().splitlines()]
     assert {json.dumps({k: v for k, v in row.items() if k != "score"}) for row in after} >= before
+
+
+@pytest.mark.slow
+def test_saved_model_has_the_accuracy_that_training_logged(tmp_path):
+    import train
+
+    out = tmp_path / "run"
+    assert train.main(["--steps", "2", "--eval-every", "2", "--seed", "5", "--out", str(out)]) == 0
+    logged = json.loads((out / "metrics.jsonl").read_text().splitlines()[-1])["eval_accuracy"]
+    flags = ["--model", str(out / "model"), "--benchmarks", "embedded", "--samples", "1", "--seed", "5"]
+    assert eval.main([*flags, "--out", str(tmp_path / "eval")]) == 0
+    assert results(tmp_path / "eval")["benchmarks"]["embedded"]["avg"]["mean"] == pytest.approx(logged)

@@ -14,10 +14,6 @@ import plan
 import tiny
 from config import Config
 
-NEW = [("optimizer", str, "adamw"), ("gpus", str, ""), ("dry_run", bool, False)]
-known = {field.name for field in dataclasses.fields(Config)}
-Settings = dataclasses.make_dataclass("Settings", [f for f in NEW if f[0] not in known], bases=(Config,))
-
 
 def qwen3(hidden, layers, heads, kv_heads, size, mlp, tied, vocabulary=151_936, context=40_960):
     return Qwen3Config(
@@ -36,8 +32,8 @@ MODELS = {
 SMALL = qwen3(64, 3, 8, 4, 24, 160, True, vocabulary=50, context=512)
 
 
-def planned(model: str, gpus: str, **settings) -> tuple[dict, Settings, dict]:
-    s, cfg = plan.shape(MODELS[model]), Settings(model=model, **settings)
+def planned(model: str, gpus: str, **settings) -> tuple[dict, Config, dict]:
+    s, cfg = plan.shape(MODELS[model]), Config(model=model, **settings)
     return s, cfg, plan.plan(s, cfg, *plan.found_gpus(gpus))
 
 
@@ -209,7 +205,7 @@ def report(**settings) -> str:
     tokenizer, config = tiny.make_tokenizer(), tiny.make_model(0).config
     settings = {"max_prompt_tokens": 32, "max_tokens": 15} | settings
     prompts, _ = data.encode(data.arithmetic(3), tokenizer, 100)
-    return plan.report(Settings(**settings), ["max_tokens"], config, tokenizer, prompts)
+    return plan.report(Config(**settings), ["max_tokens"], config, tokenizer, prompts)
 
 
 def test_report_holds_configuration_prompt_tokens_memory_and_verdict():
@@ -229,7 +225,7 @@ def test_first_prompt_is_shown_with_its_special_tokens():
     tokenizer = tiny.make_tokenizer()
     tokenizer.chat_template = "<eos>{% for m in messages %}{{ m.content[:3] }}{% endfor %}<pad>"
     prompts, _ = data.encode([("123", "6")], tokenizer, 100)
-    text = plan.report(Settings(max_prompt_tokens=32, max_tokens=15), [], tiny.make_model(0).config, tokenizer, prompts)
+    text = plan.report(Config(max_prompt_tokens=32, max_tokens=15), [], tiny.make_model(0).config, tokenizer, prompts)
     assert "  | <eos>123<pad>\n" in text
 
 

@@ -8,7 +8,6 @@ One step, read `main` from top to bottom: draw prompts, generate, score, observe
 """
 
 import copy
-import hashlib
 import json
 import signal
 import sys
@@ -19,17 +18,19 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+import benchmarks
 import checkpoint
 import config
 import data
 import eval
 import grpo
 import log
+import plan
 import plot
 import ranks
 import reward
 import tiny
-from buffer import Group, GroupReplay, RolloutReplay, Surplus
+from buffer import Group, GroupReplay, RolloutReplay, Surplus, make_stores
 from config import Config
 from logprobs import Scorer, Sequence
 from replay import GRESO, Prioritized, PromptReplay, Uniform
@@ -55,6 +56,7 @@ class Run:
     digest: str  # of the prompts: a run is resumed on the data it was started on
     sampler: Uniform | PromptReplay | Prioritized | GRESO
     stores: dict[str, Surplus | GroupReplay | RolloutReplay]
+    mirror: log.Mirror
     step: int = 0  # done so far; so are these two, which are the run's cost
     rollouts: int = 0
     tokens: int = 0
@@ -62,7 +64,7 @@ class Run:
 
 def prepare(cfg: Config) -> Run:
     """Everything that can go wrong by a user's mistake goes wrong here, as a ValueError or OSError of one line."""
-    switches = config.validate(cfg)
+    switches, mirror = config.validate(cfg), log.Mirror(cfg.wandb, cfg.tensorboard)
     torch.set_num_threads(cfg.threads or torch.get_num_threads())
     reward_function = reward.load(cfg.reward)  # its child processes start before CUDA does
     ranks.start()
@@ -88,25 +90,19 @@ def prepare(cfg: Config) -> Run:
         reference=reference,
         tokenizer=tokenizer,
         engine=engine,
-        optimizer=make_optimizer(scorer, cfg),
+        optimizer=grpo.make_optimizer(scorer, cfg),
         reward=reward_function,
         prompts=prompts,
         held_out=held_out,
-        digest=hashlib.sha256(json.dumps([(p.text, p.answer) for p in prompts]).encode()).hexdigest(),
+        digest=data.fingerprint((p.text, p.answer) for p in prompts),
         sampler=sampler,
         stores=stores,
+        mirror=mirror,
     )
     if cfg.resume:
         checkpoint.resume(run)
         engine.sync(scorer)
     return run
-
-
-def make_optimizer(model: torch.nn.Module, cfg: Config) -> torch.optim.Optimizer:
-    """Weights and moments in float32: in bf16 a weight does not move at lr 1e-6."""
-    return torch.optim.AdamW(
-        model.parameters(), lr=cfg.lr, betas=(0.9, 0.95), weight_decay=cfg.weight_decay, fused=True
-    )
 
 
 def make_sampler(name: str | None, n: int, cfg: Config):
@@ -120,40 +116,42 @@ def make_sampler(name: str | None, n: int, cfg: Config):
     return GRESO(n, cfg.seed, cfg.dead_target) if name == "greso" else Uniform(n, cfg.seed)
 
 
-def make_stores(switches: dict[str, str], cfg: Config) -> dict:
-    """The stores that the batch passes through, in this order: fill dead places first, then add stored answers."""
-    stores = {}
-    if switches.get("fill") == "dapo":
-        stores["dapo"] = Surplus()
-    if switches.get("fill") == "group":
-        stores["group"] = GroupReplay(cfg.group_capacity or 2 * cfg.prompts_per_step, cfg.seed)
-    if switches.get("extra") == "rollout":
-        stores["rollout"] = RolloutReplay(
-            cfg.seed, cfg.replay_ratio, cfg.priority_exponent, cfg.max_age, cfg.replay_warmup, cfg.rollout_capacity
-        )
-    return stores
-
-
 # ---------------------------------------------------------------- model, data, folder
 
 
 def load_prompts(cfg: Config, tokenizer) -> tuple[list[data.Prompt], list[data.Prompt]]:
     """Training and held-out prompts."""
+    notes = []
     if cfg.data:
-        pairs = data.from_rows(data.read_rows(cfg.data), cfg.data, cfg.problem_column, cfg.answer_column)
+        names = () if cfg.keep_overlap or data.is_file(cfg.data) else benchmarks.BENCHMARKS
+        tests, missing = data.evaluation_problems(names, lambda name: [p.text for p in benchmarks.load(name, {})[1]])
+        pairs, note = data.prepare(cfg, tests, missing)
         pairs, held_out = data.split(pairs, min(cfg.eval_prompts, len(pairs) // 10))
+        notes.append(note)
+        if not tokenizer.chat_template:
+            notes.append(data.PLAIN_TEXT)
     else:
         pairs = data.arithmetic(2000 + cfg.eval_prompts)
         pairs, held_out = pairs[cfg.eval_prompts :], pairs[: cfg.eval_prompts]
-    prompts, skipped = data.encode(pairs[: cfg.max_prompts or None], tokenizer, cfg.max_prompt_tokens)
-    if skipped and ranks.is_main():
-        print(f"{skipped} of {len(prompts) + skipped} prompts are longer than {cfg.max_prompt_tokens} tokens: left out")
+    thinking = {"on": True, "off": False}.get(cfg.thinking)
+    prompts, skipped = data.encode(pairs[: cfg.max_prompts or None], tokenizer, cfg.max_prompt_tokens, thinking)
+    if skipped:
+        notes.append(f"{skipped} of {len(prompts) + skipped} prompts exceed {cfg.max_prompt_tokens} tokens: left out")
+    if notes and ranks.is_main():
+        print("\n".join(notes))
     if len(prompts) < cfg.prompts_per_step:
         raise ValueError(
             f"{len(prompts)} training prompts are fewer than the {cfg.prompts_per_step} of one step; give more data or "
             "lower --prompts-per-step"
         )
-    return prompts, data.encode(held_out, tokenizer, cfg.max_prompt_tokens)[0]
+    return prompts, data.encode(held_out, tokenizer, cfg.max_prompt_tokens, thinking)[0]
+
+
+def dry_run(cfg: Config, given: list[str]) -> str:
+    """What a run would do and need; loads no weights."""
+    config.validate(cfg)
+    kind, tokenizer = plan.read(cfg.model) if cfg.model else (tiny.make_model(0).config, tiny.make_tokenizer())
+    return plan.report(cfg, given, kind, tokenizer, load_prompts(cfg, tokenizer)[0])
 
 
 def choose_folder(cfg: Config) -> Path:
@@ -318,14 +316,20 @@ def train(run: Run) -> int:
 def main(argv: list[str]) -> int:
     cfg, given = config.parse(argv, __doc__)
     try:
+        if cfg.dry_run:
+            print(dry_run(cfg, given))
+            return 0
         run = prepare(cfg)
+        if ranks.is_main():
+            run.folder.mkdir(parents=True, exist_ok=True)
+            run.mirror.start(run.folder, asdict(cfg), run.step)
     except (ValueError, OSError) as error:
         if ranks.is_main():
             print(f"error: {error}", file=sys.stderr)
         return 2
     if ranks.is_main():
-        run.folder.mkdir(parents=True, exist_ok=True)
-        (run.folder / "config.json").write_text(json.dumps(asdict(cfg) | {"given": given}, indent=2) + "\n")
+        settings = asdict(cfg) | {"given": given, "prompts_sha256": run.digest}
+        (run.folder / "config.json").write_text(json.dumps(settings, indent=2) + "\n")
         print(f"run folder: {run.folder}{f', going on after step {run.step}' if run.step else ''}")
     ended_by = train(run)
     if not ended_by:
@@ -335,6 +339,7 @@ def main(argv: list[str]) -> int:
     elif ranks.is_main():
         print(log.summary(plot.read(run.folder / "metrics.jsonl")))
         print(f"model: {run.folder / 'model'}, curves: {plot.curves(run.folder)}")
+    run.mirror.close()
     run.engine.close()
     ranks.stop()
     return 128 + ended_by if ended_by else 0

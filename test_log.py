@@ -1,0 +1,162 @@
+"""Mirrors of a run in Weights & Biases and TensorBoard, with stand-ins for both packages."""
+
+import builtins
+import json
+import sys
+from types import ModuleType, SimpleNamespace
+
+import pytest
+
+import log
+
+ROW = {
+    "step": 7,
+    "reward": 0.5,
+    "rollouts": 64,
+    "resumed": True,
+    "pass_rates_fresh": [3, 0, 1],
+    "empty": [0],
+    "x": None,
+}
+SAMPLES = [
+    {"step": 7, "prompt": "1+1=", "response": "a\nb", "answer": "2", "reward": 1.0, "truncated": False},
+    {
+        "step": 7,
+        "prompt": [{"role": "user", "content": "2"}],
+        "response": "",
+        "answer": "2",
+        "reward": 0,
+        "truncated": True,
+    },
+]
+
+
+@pytest.fixture
+def wandb(monkeypatch):
+    """A module that notes what is asked of it."""
+    module = ModuleType("wandb")
+    module.calls, module.Error = [], type("Error", (Exception,), {})
+    run = SimpleNamespace(
+        log=lambda row, step: module.calls.append(("log", row, step)), finish=lambda: module.calls.append(("finish",))
+    )
+    module.init = lambda **options: module.calls.append(("init", options)) or run
+    module.Histogram = lambda np_histogram: ("histogram", np_histogram)
+    module.Table = lambda columns, data: ("table", columns, data)
+    monkeypatch.setitem(sys.modules, "wandb", module)
+    return module
+
+
+@pytest.fixture
+def tensorboard(monkeypatch):
+    module = ModuleType("torch.utils.tensorboard")
+    module.calls = []
+
+    class SummaryWriter:
+        def __init__(self, *args, **options):
+            module.calls.append(("open", args, options))
+
+        def __getattr__(self, name):
+            return lambda *args, **options: module.calls.append((name, args, options))
+
+    module.SummaryWriter = SummaryWriter
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", module)
+    return module
+
+
+def test_without_flags_nothing_is_imported_and_nothing_happens(tmp_path, wandb, tensorboard):
+    mirror = log.Mirror()
+    mirror.start(tmp_path, {}, 0)
+    mirror.log(ROW)
+    mirror.samples(SAMPLES)
+    mirror.close()
+    assert not wandb.calls and not tensorboard.calls and not list(tmp_path.iterdir())
+
+
+def test_not_started_as_on_other_ranks_nothing_is_written(wandb, tensorboard):
+    mirror = log.Mirror("project", True)
+    mirror.log(ROW)
+    mirror.samples(SAMPLES)
+    mirror.close()
+    assert not wandb.calls and not tensorboard.calls
+
+
+def test_wandb_gets_numbers_histograms_and_samples(tmp_path, wandb):
+    mirror = log.Mirror("project")
+    mirror.start(tmp_path, {"lr": 1e-6}, 0)
+    mirror.samples(SAMPLES)
+    mirror.samples([])
+    mirror.log(ROW)
+    mirror.close()
+    (_, options), (_, table, at), (_, row, step), end = wandb.calls
+    assert options["project"] == "project" and options["config"] == {"lr": 1e-6} and options["name"] == tmp_path.name
+    assert at == step == 7 and end == ("finish",)
+    assert row == {
+        "reward": 0.5, "rollouts": 64, "resumed": True,
+        "pass_rates_fresh": ("histogram", ([3, 0, 1], [-0.5, 0.5, 1.5, 2.5])),
+    }  # fmt: skip
+    kind, columns, cells = table["samples"]
+    assert columns == list(SAMPLES[0]) and cells[0] == list(SAMPLES[0].values())
+    assert json.loads(cells[1][1]) == SAMPLES[1]["prompt"]
+
+
+def test_a_resumed_run_goes_on_in_the_same_place_and_a_new_one_does_not(tmp_path, wandb, tensorboard):
+    for step in (0, 20, 0):
+        log.Mirror("project", True).start(tmp_path, {}, step)
+    first, resumed, new = (options for _, options in wandb.calls)
+    assert first["id"] == resumed["id"] != new["id"] and resumed["resume"] == "allow"
+    assert [options["purge_step"] for _, _, options in tensorboard.calls] == [1, 21, 1]
+
+
+def test_tensorboard_gets_numbers_histograms_and_samples(tmp_path, tensorboard):
+    mirror = log.Mirror(tensorboard=True)
+    mirror.start(tmp_path, {}, 0)
+    mirror.log(ROW)
+    mirror.samples(SAMPLES)
+    mirror.close()
+    calls = {}
+    for name, args, options in tensorboard.calls:
+        calls.setdefault(name, []).append((args, options))
+    assert calls["open"][0][0] == (str(tmp_path / "tensorboard"),)
+    assert [args for args, _ in calls["add_scalar"]] == [("reward", 0.5, 7), ("rollouts", 64, 7), ("resumed", True, 7)]
+    ((name,), bars) = calls["add_histogram_raw"][0]
+    assert name == "pass_rates_fresh" and len(calls["add_histogram_raw"]) == 1
+    assert bars["bucket_counts"] == [3, 0, 1] and bars["bucket_limits"] == [0.5, 1.5, 2.5]
+    assert (bars["num"], bars["sum"], bars["sum_squares"], bars["max"], bars["global_step"]) == (4, 2, 4, 2, 7)
+    texts = [args for args, _ in calls["add_text"]]
+    assert [name for name, _, _ in texts] == ["samples/0", "samples/1"] and texts[0][2] == 7
+    assert "    response: a\n    b\n" in texts[0][1] and "1+1=" in texts[0][1]
+    assert "close" in calls and "flush" in calls
+
+
+@pytest.mark.parametrize(("flags", "package"), [(("p", False), "wandb"), (("", True), "tensorboard")])
+def test_a_missing_package_is_one_clear_line(monkeypatch, flags, package):
+    for name in ("wandb", "torch.utils.tensorboard"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    real = builtins.__import__
+
+    def missing(name, *args, **options):
+        if name in ("wandb", "torch.utils.tensorboard"):
+            raise ModuleNotFoundError(f"No module named {name!r}")
+        return real(name, *args, **options)
+
+    monkeypatch.setattr(builtins, "__import__", missing)
+    with pytest.raises(ValueError, match=f"^--{package} needs a package: pip install {package}") as error:
+        log.Mirror(*flags)
+    assert "\n" not in str(error.value)
+
+
+def test_both_asked_for_and_only_one_there(monkeypatch, wandb):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with pytest.raises(ValueError, match="^--tensorboard needs a package"):
+        log.Mirror("project", True)
+
+
+def test_wandb_that_cannot_start_says_what_to_do(tmp_path, wandb):
+    def fail(**_):
+        raise wandb.Error("api_key not configured\n(no-tty)")
+
+    wandb.init = fail
+    with pytest.raises(
+        ValueError, match=r"api_key not configured \(no-tty\)\): wandb login, or set WANDB_MODE=offline"
+    ):
+        log.Mirror("project").start(tmp_path, {}, 0)

@@ -44,7 +44,8 @@ def save(run) -> None:
     model, optimizer = get_state_dict(run.model, run.optimizer)
     dcp.save({"model": model, "optimizer": optimizer}, checkpoint_id=partial, no_dist=ranks.world() == 1)
     if ranks.is_main():
-        state = {"sampler": run.sampler.state_dict(), "torch_rng": torch.get_rng_state()}
+        state = {"sampler": run.sampler.state_dict(), "gauge": run.gauge.state_dict()}
+        state["torch_rng"] = torch.get_rng_state()
         state["stores"] = {name: store.state_dict() for name, store in run.stores.items()}
         state |= {"step": run.step, "rollouts": run.rollouts, "tokens": run.tokens}
         state |= {"config": asdict(run.cfg), "digest": run.digest}
@@ -77,6 +78,7 @@ def resume(run) -> None:
     dcp.load({"model": model, "optimizer": optimizer}, checkpoint_id=path, no_dist=ranks.world() == 1)
     set_state_dict(run.model, run.optimizer, model_state_dict=model, optim_state_dict=optimizer)
     run.sampler.load_state_dict(state["sampler"])
+    run.gauge.load_state_dict(state["gauge"])
     for name, store in run.stores.items():
         store.load_state_dict(state["stores"][name])
     torch.set_rng_state(state["torch_rng"])  # dropout, where a model has it

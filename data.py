@@ -138,9 +138,9 @@ def fetch(hub: str, config: str | None, split: str, revision: str | None, copy: 
         return datasets.load_dataset(hub, config, split=split, revision=revision)
     except Exception as error:  # of the hub, the network, the cache, the file format: a dozen kinds, some of many lines
         what, offline = " ".join(str(error).split())[:300], isinstance(error, ConnectionError)
-        how = "is there a network?" if offline else "choose with --data-config, --data-split or --data-revision"
+        how = "go online" if offline else "choose with --data-config, --data-split or --data-revision"
         how = "ask for access on its page and log in with `hf auth login`" if "gated" in what else how
-        raise ValueError(f"{hub} cannot be loaded ({what}): {how}; or fetch it elsewhere and give {copy}") from error
+        raise ValueError(f"{hub} cannot be loaded ({what}): {how}, or fetch it elsewhere and give {copy}") from error
 
 
 def pick_column(row: dict, wanted: str | None, usual: tuple[str, ...], flag: str, path: str) -> str:

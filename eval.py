@@ -260,7 +260,8 @@ def prepare(args):
     if small:
         torch.set_num_threads(EMBEDDED["threads"])
     path = args.model or str(tiny.make(HERE / "out" / "tiny-model"))
-    model, tokenizer, stop_ids = rollout.load_model(path)
+    on_vllm = find_spec("vllm") and (args.engine == "vllm" or (args.engine == "auto" and torch.cuda.is_available()))
+    model, tokenizer, stop_ids = rollout.load_model(path, device="cpu" if on_vllm else None)  # vLLM wants the room
     if not tokenizer.chat_template and not small:
         print(data.PLAIN_TEXT, file=sys.stderr)
     for task in tasks:
@@ -275,9 +276,7 @@ def prepare(args):
         rollout_batch=args.batch, max_prompt_tokens=max(len(p.ids) for task in tasks for p in task.prompts),
         dtype=EMBEDDED["dtype"] if small else Config.dtype, gpu_memory=args.gpu_memory, kv_cache_gb=args.kv_cache_gb,
     )  # fmt: skip
-    if find_spec("vllm") and (args.engine == "vllm" or (args.engine == "auto" and torch.cuda.is_available())):
-        model = None  # vLLM loads its own
-        torch.cuda.empty_cache()
+    model = None if on_vllm else model  # it loads its own
     engine = rollout.make_engine(args.engine, model, path, stop_ids, cfg)
     settings |= {"engine": engine.name, "dtype": cfg.dtype}
     folder = choose_folder(args.out, settings)

@@ -9,11 +9,13 @@ import uuid
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
 import ranks
 from buffer import Group
+from replay import Saved
 
 
 def append(path: Path, rows: list[dict]) -> None:
@@ -56,6 +58,38 @@ def rollout_figures(groups: list[Group], replays: set[int]) -> dict:
         figures["zero_variance_replayed"] = dead[back].mean().item()
         figures["reward_replayed"] = rewards[back].mean().item()
     return figures
+
+
+class Gauge(Saved):
+    """How far a visit moves a prompt: the change of its pass rate from one visit to the next, apart for visits by
+    replay and by the epochs. Replay pays where it is small (LOG.md), so that a run can tell whether it does.
+
+    Prompts are brought back for their measured rate, which luck is part of: some of their change is luck going away.
+    """
+
+    STATE = ("rate", "sums")
+
+    def __init__(self, num_prompts: int):
+        self.rate = np.full(num_prompts, np.nan)  # of the latest visit
+        self.sums = np.zeros(6)  # number, sum and sum of squares of changes: by the epochs, by replay
+
+    def observe(self, groups: list[Group], replays: set[int]) -> None:
+        for group in groups:
+            rate = float(group.rewards.mean())
+            change = rate - self.rate[group.prompt]
+            if not np.isnan(change):
+                first = 3 * (group.prompt in replays)
+                self.sums[first : first + 3] += (1, change, change**2)
+            self.rate[group.prompt] = rate
+
+    def figures(self) -> dict:
+        """Mean change so far with its standard error, and the number of changes, for those of which there are some."""
+        figures = {}
+        for name, (n, total, squares) in zip(("epochs", "replay"), self.sums.reshape(2, 3), strict=True):
+            if n > 1:
+                error = (max(squares / n - (total / n) ** 2, 0) / (n - 1)) ** 0.5
+                figures |= {f"gain_{name}": total / n, f"gain_{name}_se": error, f"gain_{name}_n": int(n)}
+        return figures
 
 
 def samples(run, groups: list[Group], texts: list[list[str]], step: int, count: int = 2) -> list[dict]:
@@ -217,4 +251,19 @@ def summary(rows: list[dict]) -> str:
     lines += [f"time in steps: {parts['total']:.0f} s ({time_went})"]
     if evaluated and start is not None:
         lines += [f"held-out accuracy: {start:.3f} at the start, {evaluated[-1]:.3f} at the end"]
+    for name, visitor in (("replay", "replay"), ("epochs", "the next epoch")):
+        if f"gain_{name}" in rows[-1]:
+            gain, error, n = (rows[-1][f"gain_{name}{part}"] for part in ("", "_se", "_n"))
+            lines += [f"pass rate from one visit to the next by {visitor}: {gain:+.3f} +- {error:.3f} ({n:,} visits)"]
+    if "gain_replay" in rows[-1]:
+        lines += [advice(rows[-1]["gain_replay"])]
     return "\n".join(lines)
+
+
+def advice(gain: float) -> str:
+    """What the gauge means for replay in this run; the bounds are from simulate.py and the embedded task (LOG.md)."""
+    if gain < 0.05:
+        return "a visit moves a prompt little: here replay usually saves rollouts"
+    if gain < 0.15:
+        return "a visit moves a prompt somewhat: replay may save or cost rollouts, compare.py tells"
+    return "a visit moves a prompt far: here replay usually costs rollouts, fresh prompts teach more"

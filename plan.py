@@ -253,6 +253,16 @@ def verdict(s: dict, cfg, found: dict) -> str:
     return f"does not fit {have}: {why}; {how}"
 
 
+def out_of_memory(cfg, config) -> str:
+    """What to tell whose run got out of GPU memory, in one line."""
+    s = shape(config)
+    found = plan(s, cfg, int(os.environ.get("WORLD_SIZE", 1)), found_gpus()[1])
+    line = verdict(s, cfg, found)
+    if found["fits"]:
+        line = f"by the plan it {line}. Is another process on it? Else lower --tokens-per-microbatch or --gpu-memory"
+    return f"out of GPU memory: {line} (the plan: --dry-run)"
+
+
 def report(cfg, given: list[str], config, tokenizer, prompts: list) -> str:
     """All of --dry-run: configuration, first prompt, tokens of a step, memory, verdict. ValueError for a --gpus that
     cannot be read and for answers that the model's context does not hold."""

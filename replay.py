@@ -139,9 +139,9 @@ class Epochs(Saved):
         return free
 
     def settle(self, indices) -> np.ndarray:
-        """Answers to these prompts are in, or known to be lost. If none is IN_DOUBT, those that are have been lost."""
+        """Answers to these prompts are in, or known to be lost. So are those IN_DOUBT, if these were drawn later."""
         x = np.asarray(indices, np.int64)
-        if len(x) and not (self.out[x] == IN_DOUBT).any():
+        if len(x) and (self.out[x] == OUT).all():
             self.out[self.out == IN_DOUBT] = 0
         self.out[x] = 0
         return x

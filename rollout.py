@@ -49,7 +49,7 @@ def sample(logits: torch.Tensor, noise: torch.Tensor, temperature: float) -> tup
     return token, logprobs.gather(1, token[:, None])[:, 0]
 
 
-def load_model(path: str, gradient_checkpointing: bool = False):
+def load_model(path: str, gradient_checkpointing: bool = False, device: str | None = None):
     """Model in float32 (bf16 weights do not move at lr 1e-6), tokenizer, and the ids that end an answer."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
@@ -69,7 +69,7 @@ def load_model(path: str, gradient_checkpointing: bool = False):
     stop = set(stop if isinstance(stop, list) else [stop]) | {tokenizer.eos_token_id}
     if gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    model = model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+    model = model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval()
     check_model(model)
     return model, tokenizer, sorted(stop - {None})
 
@@ -168,10 +168,9 @@ class TransformersEngine:
 
 
 PROBES, PROBE_TOKENS = 8, 16  # answers that `sync` compares, and their length
-# What log-probs of sampled tokens may differ by. Rounding alone gives 4e-6 in float32 (0.02 in the TF32 of GPU kernels)
-# and 0.4 in bfloat16, over 6,000 tokens of a trained model. An engine two updates behind is off by 1 at the embedded
-# model's learning rate, one with a stale output layer by 3, one with lost weights by 5.
-SYNC_BOUND = {"float32": 0.05, "bfloat16": 1.0}
+# Differences of log-probs that rounding explains: up to 1e-5 was seen in float32 (0.02 with the TF32 of GPUs), 0.45 in
+# bfloat16. An engine that missed one update of the embedded model is off by 0.6, two by 1.2; without weights by 5.
+SYNC_BOUND = {torch.float32: 0.05, torch.bfloat16: 1.0}
 
 
 class VLLMEngine:
@@ -184,7 +183,7 @@ class VLLMEngine:
 
     def __init__(self, model, path: str, stop_ids, cfg):
         cuda = torch.cuda.is_available()
-        self.temperature, self.max_tokens, self.dtype = cfg.temperature, cfg.max_tokens, cfg.dtype
+        self.temperature, self.max_tokens, self.dtype = cfg.temperature, cfg.max_tokens, getattr(torch, cfg.dtype)
         self.sleeps, self.asleep = cuda and not cfg.keep_resident, False  # vLLM on a CPU does not know how to
         os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_NO_USAGE_STATS": "1"}  # before the import
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
@@ -201,17 +200,17 @@ class VLLMEngine:
                 load_format="auto" if model is None else "dummy",  # a weight that no push reaches is missed at once
                 skip_tokenizer_init=True,  # token ids in and out
                 enable_prefix_caching=True,  # the answers of a group share its prompt
+                enable_chunked_prefill=cuda,  # on a CPU a seeded prompt cannot be split
                 logprobs_mode="processed_logprobs",  # of the distribution sampled from, at its temperature
                 enable_sleep_mode=self.sleeps, enforce_eager=cfg.enforce_eager or not cuda, use_tqdm_on_load=False,
                 **(parallel if ranks.world() > 1 else {}),
             )  # fmt: skip
-        # log-probs of the sampled token alone; the ids that end an answer are these and no others
-        self.sampling = {"logprobs": 0, "flat_logprobs": True, "detokenize": False}
-        self.sampling |= {"stop_token_ids": sorted(stop_ids), "ignore_eos": True}
+        self.sampling = {"logprobs": 0, "flat_logprobs": True, "detokenize": False}  # 0: of the sampled token alone
+        self.sampling |= {"stop_token_ids": sorted(stop_ids), "ignore_eos": True}  # these end an answer, and no others
         if model is not None:
             # ids of the lower half: the upper end may be padding, which no tokenizer knows and no training touched
             half = model.config.get_text_config().vocab_size // 2
-            self.probes = [Prompt(i, "", "", (i % half,)) for i in range(PROBES)]
+            self.probes = [Prompt(i, "", "", tuple((4 * i + j) % half for j in range(4))) for i in range(PROBES)]
             self.sync(model)
 
     def generate(self, prompts: list[Prompt], n: int, seed: int, step: int, temperature=None, limit=0) -> list[Group]:
@@ -272,8 +271,7 @@ class VLLMEngine:
     def _push(self, model: Scorer) -> None:
         """By the worker's own loader, which knows names, fused layers and shards, and leaves tensors where CUDA graphs
         look for them. Never without an iterator: then it silently reads the checkpoint on disk once more."""
-        dtype = getattr(torch, self.dtype)
-        weights = ((name, ranks.whole(weight.detach()).to(dtype)) for name, weight in model.model.named_parameters())
+        weights = ((n, ranks.whole(weight.detach()).to(self.dtype)) for n, weight in model.model.named_parameters())
         self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
         self.llm.apply_model(_repack_tied_head)
 
@@ -285,7 +283,7 @@ class VLLMEngine:
         pairs = zip(self.probes, groups, strict=True)
         answers = [Sequence(probe.ids, group.tokens[0], group.logprobs[0], 0.0, 0) for probe, group in pairs]
         (batch,) = pack(answers, tokens=2 * PROBES * PROBE_TOKENS, device=model.model.device)
-        half = self.dtype == "bfloat16" and ranks.world() == 1  # over several ranks FSDP takes care of precision
+        half = self.dtype == torch.bfloat16 and ranks.world() == 1  # over several ranks FSDP takes care of precision
         with torch.autocast(batch.input_ids.device.type, torch.bfloat16, enabled=half):
             logprobs, _ = model(batch, 1.0)
         engine = torch.cat([answers[i].behaviour for i in batch.sequences]).to(logprobs.device)

@@ -358,7 +358,7 @@ def test_other_data_sets_by_their_columns(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("error", "words"),
     [
-        (ConnectionError("Couldn't reach 'x' on the Hub"), "is there a network.*give --data gsm8k=FILE.parquet"),
+        (ConnectionError("Couldn't reach 'x' on the Hub"), ": go online, or .* give --data gsm8k=FILE.parquet"),
         (
             datasets.exceptions.DatasetNotFoundError("Dataset 'x' is a gated dataset on the Hub."),
             "gated.*hf auth login",

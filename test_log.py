@@ -5,9 +5,12 @@ import json
 import sys
 from types import ModuleType, SimpleNamespace
 
+import numpy as np
 import pytest
+import torch
 
 import log
+from buffer import Group
 
 ROW = {
     "step": 7,
@@ -160,3 +163,24 @@ def test_wandb_that_cannot_start_says_what_to_do(tmp_path, wandb):
         ValueError, match=r"api_key not configured \(no-tty\)\): wandb login, or set WANDB_MODE=offline"
     ):
         log.Mirror("project").start(tmp_path, {}, 0)
+
+
+def group(prompt: int, *rewards: float) -> Group:
+    return Group(prompt, [], [], [], 1, torch.tensor(rewards, dtype=torch.float32))
+
+
+def test_gauge_is_the_mean_change_from_visit_to_visit_apart_for_replay_and_epochs():
+    gauge = log.Gauge(4)
+    gauge.observe([group(0, 0, 1), group(1, 0, 0)], set())
+    assert gauge.figures() == {}
+    gauge.observe([group(0, 1, 1), group(1, 0, 1)], {0, 1})
+    gauge.observe([group(0, 0, 1), group(2, 1, 1)], set())
+    gauge.observe([group(2, 0, 0), group(0, 0, 1)], set())
+    figures = gauge.figures()
+    assert (figures["gain_replay"], figures["gain_replay_n"], figures["gain_replay_se"]) == (0.5, 2, 0)
+    assert figures["gain_epochs"] == pytest.approx(-0.5) and figures["gain_epochs_n"] == 3
+    assert figures["gain_epochs_se"] == pytest.approx(np.std([-0.5, -1, 0], ddof=1) / 3**0.5)
+    again = log.Gauge(4)
+    again.load_state_dict(gauge.state_dict())
+    assert again.figures() == figures
+    assert len({log.advice(gain) for gain in (0.0, 0.1, 0.3)}) == 3

@@ -848,7 +848,7 @@ def test_contract_uniform_visits_every_prompt_once_an_epoch():
 
 
 def make_like(make, size, seed):
-    return make(size, seed=seed, cooldown=2) if make is PromptReplay else make(size, seed=seed)
+    return make(size, seed=seed, cooldown=3) if make is PromptReplay else make(size, seed=seed)
 
 
 @every_sampler
@@ -856,12 +856,12 @@ def make_like(make, size, seed):
 @pytest.mark.parametrize("point", ["before the draw", "before a refill", "before the results"])
 def test_state_goes_on_as_if_never_stopped(make, lag, point):
     """Both go on with the same results, also with those of batches that were out when the state was saved."""
-    rates, rng, pending = mixed_rates(60), np.random.default_rng(0), deque()
-    samplers = [make_like(make, 60, 1)]
+    rates, rng, pending = mixed_rates(120), np.random.default_rng(0), deque()
+    samplers = [make_like(make, 120, 1)]
     for step in range(1, 90):
-        for part, count in (("before the draw", 8), ("before a refill", 1), ("before the results", 0)):
+        for part, count in (("before the draw", 8), ("before a refill", 3), ("before the results", 0)):
             if (step, part) == (30, point):
-                samplers.append(restored(samplers[0], make_like(make, 60, 77)))
+                samplers.append(restored(samplers[0], make_like(make, 120, 77)))
             drawn = [sampler.draw(count, step) for sampler in samplers] if count else [[]]
             assert drawn[-1] == drawn[0] and samplers[-1].epochs.replays == samplers[0].epochs.replays
             pending.append((step, drawn[0]))

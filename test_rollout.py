@@ -395,7 +395,7 @@ class Recorder:
 
 def recording_engine(dtype: str, error: float, sleeps: bool):
     engine = object.__new__(rollout.VLLMEngine)
-    engine.llm, engine.sleeps, engine.asleep, engine.dtype = Recorder(), sleeps, False, dtype
+    engine.llm, engine.sleeps, engine.asleep, engine.dtype = Recorder(), sleeps, False, getattr(torch, dtype)
     engine._difference = lambda model: error
     return engine
 
@@ -441,7 +441,7 @@ def test_vllm_follows_an_optimiser_step_by_a_sync_and_not_before(case):
         train_step(model)
     unsynced = case.engine.generate(prompts(), 1, seed=0, step=1, temperature=0.0)
     assert all(torch.equal(a.logprobs[0], b.logprobs[0]) for a, b in zip(before, unsynced, strict=True))
-    assert case.engine._difference(Scorer(model)) > rollout.SYNC_BOUND[case.dtype]
+    assert case.engine._difference(Scorer(model)) > rollout.SYNC_BOUND[getattr(torch, case.dtype)]
     assert case.engine.sync(model) < case.bound
     assert largest_error(model, prompts(), case.engine.generate(prompts(), 4, seed=0, step=2)) < case.bound
     train_step(model)  # in place: the engine must hold a copy

@@ -56,6 +56,7 @@ class Run:
     digest: str  # of the prompts: a run is resumed on the data it was started on
     sampler: Uniform | PromptReplay | Prioritized | GRESO
     stores: dict[str, Surplus | GroupReplay | RolloutReplay]
+    gauge: log.Gauge
     mirror: log.Mirror
     step: int = 0  # done so far; so are these two, which are the run's cost
     rollouts: int = 0
@@ -97,6 +98,7 @@ def prepare(cfg: Config) -> Run:
         digest=data.fingerprint((p.text, p.answer) for p in prompts),
         sampler=sampler,
         stores=stores,
+        gauge=log.Gauge(len(prompts)),
         mirror=mirror,
     )
     if cfg.resume:
@@ -173,8 +175,8 @@ def choose_folder(cfg: Config) -> Path:
 
 def rollouts(run: Run, drawn: list[int], step: int) -> list[Group]:
     """Answers to this rank's share of the drawn prompts."""
-    prompts = [run.prompts[i] for i in ranks.share(drawn)]
-    return run.engine.generate(prompts, run.cfg.answers_per_prompt, run.cfg.seed, step)
+    mine = [run.prompts[i] for i in ranks.share(drawn)]
+    return run.engine.generate(mine, run.cfg.answers_per_prompt, run.cfg.seed, step)
 
 
 def score(run: Run, groups: list[Group]) -> list[list[str]]:
@@ -191,10 +193,8 @@ def observe(sampler, groups: list[Group], step: int) -> None:
     rewards = torch.stack([group.rewards for group in groups])  # [P, G]
     binary = bool(((rewards == 0) | (rewards == 1)).all())
     variance = None if binary else rewards.var(1, unbiased=False).tolist()
-    count = rewards.shape[1]
-    sampler.observe(
-        [group.prompt for group in groups], rewards.sum(1).tolist(), [count] * len(groups), step, variance=variance
-    )
+    indices, counts = [group.prompt for group in groups], [rewards.shape[1]] * len(groups)
+    sampler.observe(indices, rewards.sum(1).tolist(), counts, step, variance=variance)
 
 
 def training_sequences(run: Run, batch: list[Group], step: int) -> list[Sequence]:
@@ -238,9 +238,8 @@ class Stop:
 
 def evaluate(run: Run) -> float:
     mine = ranks.share(run.held_out)
-    mean = 0.0
-    if mine:
-        mean = eval.accuracy(run.engine, mine, run.tokenizer, run.reward, run.cfg.eval_samples, run.cfg.seed)
+    settings = (run.tokenizer, run.reward, run.cfg.eval_samples, run.cfg.seed)
+    mean = eval.accuracy(run.engine, mine, *settings) if mine else 0.0
     return ranks.total([mean * len(mine)])[0] / len(run.held_out)
 
 
@@ -249,7 +248,8 @@ def record(run: Run, step: int, groups: list[Group], batch: list[Group], trained
     run.step = step
     run.rollouts += sum(len(group.tokens) for group in groups)
     run.tokens += sum(len(tokens) for group in groups for tokens in group.tokens)
-    row = {"step": step} | log.rollout_figures(groups, run.sampler.epochs.replays) | trained
+    run.gauge.observe(groups, run.sampler.epochs.replays)
+    row = {"step": step} | log.rollout_figures(groups, run.sampler.epochs.replays) | trained | run.gauge.figures()
     row |= {"distinct_prompts": int(run.sampler.epochs.seen.sum()), "rollouts": run.rollouts, "tokens": run.tokens}
     row |= {"lr": run.cfg.lr, "trained_groups": len(batch)} | run.sampler.figures() | reward.counts()
     for store in run.stores.values():

@@ -33,6 +33,20 @@ def newest(folder: Path) -> Path | None:
     return max(whole, default=None, key=lambda p: p.name)
 
 
+def choose_folder(cfg, parent: Path) -> Path:
+    """--out, or the first free out/MODEL-METHOD-sSEED; with --resume the newest of them that has a checkpoint."""
+    if cfg.out:
+        folder = Path(cfg.out)
+        if not cfg.resume and (folder / "metrics.jsonl").exists():
+            raise ValueError(f"{folder} holds a run already; go on with it by --resume, or give another --out")
+        return folder
+    name = f"{Path(cfg.model or 'tiny').name}-{cfg.replay if cfg.replay != 'none' else 'grpo'}-s{cfg.seed}"
+    folders = [parent / (name if i == 1 else f"{name}-{i}") for i in range(1, 1000)]
+    if cfg.resume:
+        return next((f for f in reversed(folders) if newest(f)), folders[0])
+    return next(f for f in folders if not f.exists())
+
+
 def save(run) -> None:
     """Written aside and renamed, so that a torn one is never picked up; then the older ones go."""
     final = run.folder / "checkpoints" / f"step-{run.step:08d}"

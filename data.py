@@ -258,8 +258,8 @@ def load(name, problem_column=None, answer_column=None, difficulty=(0, 1), confi
 
 
 def is_file(name: str) -> bool:
-    """Whether --data `name` means a file, of the user's own or a copy of a known set."""
-    return "=" in name or Path(name).exists() or Path(name).suffix in KINDS
+    """Whether --data `name` is a file of the user's own, and no copy of a known set."""
+    return name.partition("=")[0] not in SOURCES and (Path(name).exists() or Path(name).suffix in KINDS)
 
 
 def normal(problem: str | list[dict]) -> str:

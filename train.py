@@ -69,7 +69,7 @@ def prepare(cfg: Config) -> Run:
     torch.set_num_threads(cfg.threads or torch.get_num_threads())
     reward_function = reward.load(cfg.reward)  # its child processes start before CUDA does
     ranks.start()
-    folder = Path(ranks.from_main(str(choose_folder(cfg))))
+    folder = Path(ranks.from_main(str(checkpoint.choose_folder(cfg, HERE / "out"))))
     path = cfg.model or str(HERE / "out" / "tiny-model")
     if not cfg.model and ranks.is_main():
         tiny.make(path)
@@ -154,20 +154,6 @@ def dry_run(cfg: Config, given: list[str]) -> str:
     config.validate(cfg)
     kind, tokenizer = plan.read(cfg.model) if cfg.model else (tiny.make_model(0).config, tiny.make_tokenizer())
     return plan.report(cfg, given, kind, tokenizer, load_prompts(cfg, tokenizer)[0])
-
-
-def choose_folder(cfg: Config) -> Path:
-    """--out, or the first free out/MODEL-METHOD-sSEED; with --resume the newest of them that has a checkpoint."""
-    if cfg.out:
-        folder = Path(cfg.out)
-        if not cfg.resume and (folder / "metrics.jsonl").exists():
-            raise ValueError(f"{folder} holds a run already; go on with it by --resume, or give another --out")
-        return folder
-    name = f"{Path(cfg.model or 'tiny').name}-{cfg.replay if cfg.replay != 'none' else 'grpo'}-s{cfg.seed}"
-    folders = [HERE / "out" / (name if i == 1 else f"{name}-{i}") for i in range(1, 1000)]
-    if cfg.resume:
-        return next((f for f in reversed(folders) if checkpoint.newest(f)), folders[0])
-    return next(f for f in folders if not f.exists())
 
 
 # ---------------------------------------------------------------- one step, in parts
@@ -313,8 +299,8 @@ def train(run: Run) -> int:
     return stop.signal
 
 
-def main(argv: list[str]) -> int:
-    cfg, given = config.parse(argv, __doc__)
+def start(cfg: Config, given: list[str]) -> int:
+    """A run from beginning to end. Returns the exit code."""
     try:
         if cfg.dry_run:
             print(dry_run(cfg, given))
@@ -343,6 +329,16 @@ def main(argv: list[str]) -> int:
     run.engine.close()
     ranks.stop()
     return 128 + ended_by if ended_by else 0
+
+
+def main(argv: list[str]) -> int:
+    cfg, given = config.parse(argv, __doc__)
+    try:
+        return start(cfg, given)
+    except torch.OutOfMemoryError:
+        kind, _ = plan.read(cfg.model or str(HERE / "out" / "tiny-model"))
+        print(f"error: {plan.out_of_memory(cfg, kind)}", file=sys.stderr)
+        return 2
 
 
 if __name__ == "__main__":

@@ -92,8 +92,8 @@ def contender_step_trl() -> dict[str, float]:
     pairs = data.arithmetic(2400)[400:]
     with tempfile.TemporaryDirectory() as folder:
         arguments = GRPOConfig(
-            output_dir=folder, max_steps=30, per_device_train_batch_size=128, num_generations=8, max_completion_length=15,
-            learning_rate=5e-4, lr_scheduler_type="constant", beta=0.0, bf16=False, gradient_checkpointing=False,
+            output_dir=folder, max_steps=30, per_device_train_batch_size=128, num_generations=8,
+            max_completion_length=15, learning_rate=5e-4, lr_scheduler_type="constant", beta=0.0, bf16=False, gradient_checkpointing=False,
             use_cpu=True, report_to=[], save_strategy="no", disable_tqdm=True, optim="adamw_torch_fused",
         )  # fmt: skip
         trainer = GRPOTrainer(

@@ -236,8 +236,9 @@ def line(row: dict) -> str:
     return (
         f"step {row['step']:>5} | reward {row['reward']:.3f} | dead {row['zero_variance']:.2f} | "
         f"replayed {row['replayed']:.2f} | |A| {row['mean_abs_advantage']:.3f} | entropy {row['entropy']:.3f} | "
-        f"grad {row['grad_norm']:6.3f} | {row['seconds_total']:6.2f} s"
+        f"cut {row['truncated']:.2f} | grad {row['grad_norm']:6.3f} | {row['seconds_total']:6.2f} s"
         + (f" | held-out {row['eval_accuracy']:.3f}" if "eval_accuracy" in row else "")
+        + (" | many answers are cut off: raise --max-tokens, or --mask-truncated" if row["truncated"] > 0.3 else "")
     )
 
 

@@ -158,8 +158,8 @@ def model_logprobs(model, batch: MicroBatch, temperature: float) -> tuple[torch.
 
 
 def check_model(model) -> None:
-    """ValueError where `model_logprobs` is not the model's own forward: heads that scale, cap or shift their logits, and
-    layers that do not keep packed sequences apart."""
+    """ValueError where `model_logprobs` is not the model's own forward: heads that scale, cap or shift their logits,
+    and layers that do not keep packed sequences apart."""
     vocabulary = model.get_input_embeddings().num_embeddings
     ids = torch.tensor([[(7 * i + 13 * j + 1) % vocabulary for j in range(6)] for i in range(2)])
     pair = [Sequence(tuple(row[:2].tolist()), row[2:], torch.zeros(4), 0.0, 0) for row in ids]

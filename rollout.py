@@ -345,5 +345,5 @@ def make_engine(kind: str, model, model_path: str, stop_ids, cfg) -> Transformer
     except (ImportError, KeyError, ValueError, RuntimeError) as error:
         raise ValueError(
             f"vLLM cannot run {model_path}: {' '.join(str(error).split())[:400]} ({type(error).__name__}); if memory "
-            "is short, set --kv-cache-gb or lower --gpu-memory; else use --engine transformers"
+            "is short, change --kv-cache-gb or --gpu-memory; else use --engine transformers"
         ) from error

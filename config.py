@@ -95,7 +95,7 @@ class Config:
     max_prompt_tokens: int = 1024  # longer prompts are left out and counted
     max_tokens: int = 7168  # of an answer
     temperature: float = 1.0  # of sampling; log-probs are taken at the same
-    rollout_batch: int = 512  # transformers engine: answers decoded side by side
+    rollout_batch: int = 512  # answers decoded side by side
     gpu_memory: float = 0.45  # vLLM: its share of the GPU
     kv_cache_gb: float = 0.0  # vLLM: fixed size of the KV cache; 0: what its share leaves
     keep_resident: bool = False  # vLLM: keep weights and KV cache on the GPU while the trainer works

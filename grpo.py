@@ -156,7 +156,7 @@ def make_optimizer(model: torch.nn.Module, cfg) -> torch.optim.Optimizer:
 
 def over_ranks(values: list[float], op=dist.ReduceOp.SUM) -> list[float]:
     result = torch.tensor(values, dtype=torch.float64)
-    if dist.is_initialized():
+    if dist.is_initialized() and dist.get_world_size() > 1:  # vLLM's group of one speaks NCCL only
         dist.all_reduce(result, op)
     return result.tolist()
 

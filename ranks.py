@@ -20,12 +20,12 @@ def start() -> None:
     """Joins the process group that torchrun has prepared. Before anything else that may make one (vLLM does)."""
     if int(os.environ.get("WORLD_SIZE", 1)) == 1 or dist.is_initialized():
         return
-    if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if torch.cuda.is_available() else None
+    if device:
+        torch.cuda.set_device(device)
     # a rank that died is noticed by its peers at once; one that is stuck, after this long
-    dist.init_process_group(
-        "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=timedelta(minutes=30)
-    )
+    backend = "cpu:gloo,cuda:nccl" if device else "gloo"
+    dist.init_process_group(backend, timeout=timedelta(minutes=30), device_id=device)
 
 
 def stop() -> None:

@@ -57,6 +57,10 @@ def gold_text(gold):
     return (boxed(text) or "") if "\\boxed" in text else text.strip()
 
 
+class VerifierBroken(RuntimeError):
+    """Too many answers could not be judged at all: their zeros would be no verdicts."""
+
+
 # ---- the children, one for each thread of a pool
 
 _mine, _lock, _pools, _cache, _counts = threading.local(), threading.Lock(), {}, {}, Counter()
@@ -138,7 +142,7 @@ def grade(responses, golds):
             failed += hard[pair] * (verdicts[pair] == "failed")
             if hard.total() >= 20 and failed > BROKEN * hard.total():
                 why = f"the verifier failed on {failed} of {hard.total()} answers, so scores would mean nothing"
-                raise RuntimeError(f"{why}; `{sys.executable} {answers.__file__}` shows the error")
+                raise VerifierBroken(f"{why}; `{sys.executable} {answers.__file__}` shows the error")
     finally:
         for job in jobs.values():
             job.cancel()

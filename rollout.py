@@ -114,9 +114,7 @@ class TransformersEngine:
             seeds = [request_seed(seed, step, prompt.index, i) for prompt in part for i in range(n)]
             with torch.inference_mode(), self.autocast:  # as in the update, so that both see the same log-probs
                 tokens, logprobs, ends, finished = self._decode([p.ids for p in part], n, seeds, temperature)
-            tokens, logprobs = (
-                [row[:end].clone() for row, end in zip(x, ends, strict=True)] for x in (tokens, logprobs)
-            )
+            tokens, logprobs = ([row[:n].clone() for row, n in zip(x, ends, strict=True)] for x in (tokens, logprobs))
             groups += make_groups(part, n, step, tokens, logprobs, [not done for done in finished])
         return groups
 
@@ -165,6 +163,9 @@ class TransformersEngine:
             ).logits[:, -1]  # fmt: skip
             position = position + 1
         return tokens, logprobs, ends.tolist(), finished.tolist()
+
+
+class EngineAstray(RuntimeError): ...  # its weights are not the trainer's
 
 
 PROBES, PROBE_TOKENS = 8, 16  # answers that `sync` compares, and their length
@@ -259,10 +260,10 @@ class VLLMEngine:
             self.llm.wake_up(tags=["kv_cache"])
             self.asleep = False
         if not self.llm.reset_prefix_cache():  # else prompts would be read with the old weights
-            raise RuntimeError("vLLM did not drop its prefix cache, which holds activations of the old weights")
+            raise EngineAstray("vLLM did not drop its prefix cache, which holds activations of the old weights")
         error = self._difference(model)
         if not error <= SYNC_BOUND[self.dtype]:  # NaN too
-            raise RuntimeError(
+            raise EngineAstray(
                 f"vLLM does not follow the trainer: after a sync, log-probs of the same tokens differ by {error:.3g} "
                 f"(rounding: at most {SYNC_BOUND[self.dtype]:g}); use another version of vLLM, or --engine transformers"
             )

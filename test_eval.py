@@ -488,7 +488,7 @@ def respond(prompt, sample: int) -> str:
 def script(monkeypatch):
     engine = Script(respond)
     model = torch.nn.Linear(300, 2)
-    monkeypatch.setattr(rollout, "load_model", lambda path: (model, Characters(), [0]))
+    monkeypatch.setattr(rollout, "load_model", lambda path, **_: (model, Characters(), [0]))
     monkeypatch.setattr(rollout, "make_engine", lambda kind, model, path, stop_ids, cfg: engine)
     monkeypatch.setitem(reward.REWARDS, "math", exact)
     engine.model = model

@@ -721,6 +721,14 @@ def test_greso_skips_with_probability_one_minus_p_to_the_z(zeros, passes, correc
     assert abs(sampler.figures()["skipped"] - mean) <= 4 * spread
 
 
+@pytest.mark.parametrize("correct", [0, G])
+def test_greso_each_kind_is_skipped_by_its_own_p(correct):
+    sampler = GRESO(2000, pace=0.45)
+    know(sampler, dict.fromkeys(range(2000), correct))  # takes this kind's p to 0.05, the other's to 0.95
+    sampler.draw(100, 1)
+    assert 1000 < sampler.figures()["skipped"] < 3500  # 1900 on average, or 5
+
+
 def test_greso_a_useful_group_ends_the_run_of_dead_ones():
     sampler = GRESO(8, pace=0, start=0.05)
     for _ in range(9):
@@ -730,13 +738,13 @@ def test_greso_a_useful_group_ends_the_run_of_dead_ones():
 
 
 def test_greso_easy_and_hard_prompts_have_a_p_of_their_own_moved_towards_the_targets():
-    sampler = GRESO(300, target=0.3)  # a tenth easy, a fifth hard
+    sampler = GRESO(300, target=0.75)  # a quarter easy, a half hard
     p = [sampler.figures()["p_easy"], sampler.figures()["p_hard"]]
     assert p == [0.5, 0.5]
-    for easy, hard in ((2, 1), (0, 2), (1, 3), (0, 0), (10, 0), (0, 10)):
-        know(sampler, dict(enumerate([G] * easy + [0] * hard + [8] * (10 - easy - hard))))
-        p[0] += -0.01 if easy >= 1 else 0.01
-        p[1] += -0.01 if hard >= 2 else 0.01
+    for easy, hard in ((2, 3), (1, 4), (3, 5), (0, 0), (8, 0), (0, 8)):
+        know(sampler, dict(enumerate([G] * easy + [0] * hard + [8] * (8 - easy - hard))))
+        p[0] += -0.01 if easy >= 2 else 0.01
+        p[1] += -0.01 if hard >= 4 else 0.01
         assert [sampler.figures()["p_easy"], sampler.figures()["p_hard"]] == pytest.approx(p)
 
 
@@ -871,6 +879,19 @@ def test_state_goes_on_as_if_never_stopped(make, lag, point):
             for sampler in samplers:
                 sampler.observe(batch, correct, [G] * len(batch), born)
     assert len(samplers) == 2
+
+
+def test_state_answers_to_a_prompt_that_was_out_and_is_drawn_again_do_not_give_up_the_others():
+    def all_out(seed):
+        sampler = Uniform(4, seed=seed)
+        return sampler, sampler.draw(2, 1), sampler.draw(2, 2), restored(sampler, Uniform(4))
+
+    seed = next(seed for seed in range(100) if set((out := all_out(seed))[0].draw(2, 3)) == set(out[1]))
+    original, first, second, copy = all_out(seed)
+    for sampler in (original, copy):
+        sampler.draw(2, 3)  # the first two again
+        know(sampler, dict.fromkeys(first, 8))
+        assert set(np.flatnonzero(sampler.epochs.out)) == set(second)
 
 
 @every_sampler
@@ -1074,14 +1095,17 @@ def test_rollout_replay_12_beyond_the_capacity_the_oldest_go():
 
 
 def test_rollout_replay_13_figures_for_the_log():
-    store = RolloutReplay(warmup=2)
+    store, uses = RolloutReplay(warmup=2), Counter()
     for step in range(12):
         batch = store.complete([group(i, rewards=(1, 0, 0, 0), birth=step) for i in range(3)], 6, step)
         figures = json.loads(json.dumps(store.figures(step)))
         replayed = batch[3:]
         ages = Counter(step - one.birth for one in replayed)
         assert figures["replay_ages"] == [ages[i] for i in range(max(ages, default=0) + 1)]
-        assert sum(figures["replay_uses"]) == len(replayed) == (6 if step >= 2 else 0)
+        assert len(replayed) == (6 if step >= 2 else 0)
+        uses.update(names(replayed))
+        counts = Counter(uses[name] for name in names(replayed))
+        assert figures["replay_uses"] == [counts[i] for i in range(max(counts, default=0) + 1)]
         assert figures["stored_rollouts"] == 12 * min(step + 1, 11)
         if replayed:
             assert figures["replayed_positive"] == pytest.approx(

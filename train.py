@@ -34,7 +34,7 @@ from buffer import Group, GroupReplay, RolloutReplay, Surplus, make_stores
 from config import Config
 from logprobs import Scorer, Sequence
 from replay import GRESO, Prioritized, PromptReplay, Uniform
-from rollout import TransformersEngine, VLLMEngine, load_model, make_engine
+from rollout import EngineAstray, TransformersEngine, VLLMEngine, load_model, make_engine
 
 HERE = Path(__file__).parent
 
@@ -339,6 +339,9 @@ def main(argv: list[str]) -> int:
         kind, _ = plan.read(cfg.model or str(HERE / "out" / "tiny-model"))
         print(f"error: {plan.out_of_memory(cfg, kind)}", file=sys.stderr)
         return 2
+    except (EngineAstray, reward.VerifierBroken) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
 
 
 if __name__ == "__main__":

@@ -124,9 +124,11 @@ class GroupReplay(Saved):
         self.stored = Store(maxlen=capacity)  # oldest first
         self.rng = np.random.default_rng([seed, 2])
         self.drawn: list[Group] = []
+        self.replaced = 0.0  # share of the latest batch's places
 
     def complete(self, useful: list[Group], places: int, step: int) -> list[Group]:
         self.drawn = list(self.stored)[::-1][: max(places - len(useful), 0)]
+        self.replaced = len(self.drawn) / places
         for group in self.drawn:
             group.uses += 1
         # groups of one step in random order, so that which are used again does not depend on their place in the batch
@@ -134,7 +136,7 @@ class GroupReplay(Saved):
         return useful + self.drawn
 
     def figures(self, step: int) -> dict:
-        return {"stored_groups": len(self.stored)} | reuse_figures(self.drawn, step)
+        return {"stored_groups": len(self.stored), "replaced": self.replaced} | reuse_figures("group", self.drawn, step)
 
 
 class RolloutReplay(Saved):
@@ -170,17 +172,17 @@ class RolloutReplay(Saved):
         return useful + self.drawn
 
     def figures(self, step: int) -> dict:
-        figures = {"stored_rollouts": len(self.stored)} | reuse_figures(self.drawn, step)
+        figures = {"stored_rollouts": len(self.stored)} | reuse_figures("rollout", self.drawn, step)
         if self.drawn:
             figures["replayed_positive"] = sum(float(one.advantages[0]) > 0 for one in self.drawn) / len(self.drawn)
         return figures
 
 
-def reuse_figures(drawn: list[Group], step: int) -> dict:
+def reuse_figures(kind: str, drawn: list[Group], step: int) -> dict:
     """How old, and how often used, what was replayed is; histograms from 0 up."""
     return {
-        "replay_ages": np.bincount([step - group.birth for group in drawn], minlength=1).tolist(),
-        "replay_uses": np.bincount([group.uses for group in drawn], minlength=1).tolist(),
+        f"{kind}_ages": np.bincount([step - group.birth for group in drawn], minlength=1).tolist(),
+        f"{kind}_uses": np.bincount([group.uses for group in drawn], minlength=1).tolist(),
     }
 
 

@@ -8,6 +8,7 @@ import argparse
 import dataclasses
 import inspect
 import re
+import sys
 from dataclasses import dataclass
 from typing import Literal, get_args, get_origin
 
@@ -132,6 +133,11 @@ FREE = {
 }  # fmt: skip
 
 
+def fail(message: str) -> None:
+    print(f"error: {message}; --help lists all flags", file=sys.stderr)
+    raise SystemExit(2)
+
+
 def parse(argv: list[str], description: str) -> tuple[Config, list[str]]:
     """Flags from the fields of Config and their comments. Returns the configuration and the fields given by hand."""
     comments = dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(Config), re.M))
@@ -157,6 +163,7 @@ def parse(argv: list[str], description: str) -> tuple[Config, list[str]]:
         else:
             first = (get_args(kind) or (kind,))[0]  # `float | None` reads a float
             parser.add_argument(flag, type=first, metavar=first.__name__.upper(), help=text)
+    parser.error = fail  # argparse would print a page of usage first
     given = vars(parser.parse_args(argv))
     settings = {"data": "polaris"} if given.get("model") else dict(EMBEDDED)
     for name in given.get("replay", "none").split("+"):

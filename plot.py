@@ -39,14 +39,15 @@ def pass_rate_bars(axis, rows: list[dict]) -> None:
 
 def what_replay_did(axis, rows: list[dict]) -> None:
     """How often prompts came back, or how old the replayed answers were, whichever the method has."""
-    ages: dict[int, int] = {}
-    for row in rows:
-        for age, count in enumerate(row.get("replay_ages", [])):
-            ages[age] = ages.get(age, 0) + count
-    ages = {age: count for age, count in ages.items() if count}
-    if ages:
-        axis.bar(list(ages), list(ages.values()), color=ORANGE)
-        axis.set(title="age of what was replayed", xlabel="steps since it was sampled", ylabel="count")
+    kinds = [kind for kind in ("group", "rollout") if any(sum(row.get(f"{kind}_ages", [])) for row in rows)]
+    for i, kind in enumerate(kinds):
+        ages = [row[f"{kind}_ages"] for row in rows]
+        totals = [sum(row[age] for row in ages if age < len(row)) for age in range(max(map(len, ages)))]
+        places = [age + 0.4 * (i - (len(kinds) - 1) / 2) for age in range(1, len(totals))]
+        shares = [total / sum(totals) for total in totals[1:]]
+        axis.bar(places, shares, 0.8 / len(kinds), color=(ORANGE, GREEN)[i], label=f"{kind}s")
+    if kinds:
+        axis.set(title="age of what was replayed", xlabel="steps since it was sampled", ylabel="share")
     elif any(rows[-1].get("prompt_uses", [])):
         uses = rows[-1]["prompt_uses"]
         first = 1 if uses[0] == 0 else 0

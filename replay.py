@@ -134,7 +134,7 @@ class Epochs(Saved):
         for most in (0, IN_DOUBT):
             free = self.out <= most
             free[list(self.chosen)] = False
-            if free.sum() >= least:
+            if np.count_nonzero(free) >= least:
                 break
         return free
 
@@ -258,7 +258,7 @@ class Prioritized(Saved):
     def draw(self, n: int, step: int) -> list[int]:
         n = self.epochs.begin(n, step)
         free = self.epochs.free(n)
-        n = min(n, int(free.sum()))
+        n = min(n, np.count_nonzero(free))
         chosen: list[int] = []
         places = [(HEAP, n), (UNSOLVED, n), (SOLVED, n)]
         if self.retest_every and step % self.retest_every == 0:

@@ -23,7 +23,7 @@ import pytest
 import torch
 
 from buffer import Group, GroupReplay, RolloutReplay, Surplus
-from replay import GRESO, Prioritized, PromptReplay, Uniform
+from replay import GRESO, Prioritized, PromptReplay, Uniform, smallest
 
 SAMPLERS = {"uniform": Uniform, "prompt": PromptReplay, "prioritized": Prioritized, "greso": GRESO}
 G = 16  # answers per prompt
@@ -787,6 +787,16 @@ def test_contract_draws_are_different_python_ints_and_refills_repeat_none(make, 
         assert row.replays <= set(row.batch)
 
 
+@pytest.mark.parametrize("levels", [1, 5, 10**6])
+@pytest.mark.parametrize("masked", [0.0, 0.5, 0.99])
+def test_contract_the_smallest_keys_of_many_are_those_that_sorting_finds(levels, masked):
+    rng = np.random.default_rng(levels)
+    key, tie, among = rng.integers(0, levels, 20_000), rng.permutation(20_000), rng.random(20_000) >= masked
+    order = sorted(np.flatnonzero(among).tolist(), key=lambda x: (key[x], tie[x]))
+    for count in (0, 1, 3, 100, 300, 20_000):
+        assert smallest(count, among, key, tie) == order[:count]
+
+
 @every_sampler
 def test_contract_too_large_a_batch_is_an_error(make):
     with pytest.raises(ValueError, match="9 different prompts.*there are 8"):
@@ -1101,11 +1111,11 @@ def test_rollout_replay_13_figures_for_the_log():
         figures = json.loads(json.dumps(store.figures(step)))
         replayed = batch[3:]
         ages = Counter(step - one.birth for one in replayed)
-        assert figures["replay_ages"] == [ages[i] for i in range(max(ages, default=0) + 1)]
+        assert figures["rollout_ages"] == [ages[i] for i in range(max(ages, default=0) + 1)]
         assert len(replayed) == (6 if step >= 2 else 0)
         uses.update(names(replayed))
         counts = Counter(uses[name] for name in names(replayed))
-        assert figures["replay_uses"] == [counts[i] for i in range(max(counts, default=0) + 1)]
+        assert figures["rollout_uses"] == [counts[i] for i in range(max(counts, default=0) + 1)]
         assert figures["stored_rollouts"] == 12 * min(step + 1, 11)
         if replayed:
             assert figures["replayed_positive"] == pytest.approx(
@@ -1180,13 +1190,14 @@ def test_popo_11_figures_for_the_log():
     store.complete([group(0, birth=3)], 4, 3)
     assert json.loads(json.dumps(store.figures(3))) == {
         "stored_groups": 4,
-        "replay_ages": [0, 2, 1],
-        "replay_uses": [0, 3],
+        "replaced": 0.75,
+        "group_ages": [0, 2, 1],
+        "group_uses": [0, 3],
     }
     store.complete([], 1, 4)
-    assert store.figures(4)["replay_ages"] == [0, 1] and store.figures(4)["replay_uses"] == [0, 1]
+    assert store.figures(4)["group_ages"] == [0, 1] and store.figures(4)["group_uses"] == [0, 1]
     store.complete([], 1, 6)
-    assert store.figures(6)["replay_ages"] == [0, 0, 0, 1] and store.figures(6)["replay_uses"] == [0, 0, 1]
+    assert store.figures(6)["group_ages"] == [0, 0, 0, 1] and store.figures(6)["group_uses"] == [0, 0, 1]
 
 
 STORES = {"group": lambda seed: GroupReplay(9, seed=seed), "rollout": lambda seed: RolloutReplay(seed=seed, warmup=3)}

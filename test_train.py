@@ -143,8 +143,9 @@ def test_every_method_runs_and_resumes_bit_for_bit(tmp_path, method):
     assert {"dapo": "carried", "group": "stored_groups", "rollout": "stored_rollouts", "greso": "p_easy"}.get(
         method, "reward"
     ) in last
-    if "group" in method or "rollout" in method:
-        assert any(sum(row["replay_ages"]) for row in whole) and all(row["replay_ages"][0] == 0 for row in whole)
+    for kind in {"group", "rollout"} & set(method.split("+")):
+        ages = [row[f"{kind}_ages"] for row in whole]
+        assert any(sum(counts) for counts in ages) and all(counts[0] == 0 for counts in ages)  # none in its birth step
         assert any("ess_replayed" in row for row in whole)
 
 

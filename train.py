@@ -257,6 +257,7 @@ def train(run: Run) -> int:
             groups: list[Group] = []
             useful: list[Group] = []  # those with a gradient; dead groups never reach the update
             texts: list[list[str]] = []
+            reward.counts()  # those of an evaluation are not this step's
 
             # Rollouts: one round, or with dynamic sampling (DAPO) as many as fill the batch, within bounds.
             for _ in range(cfg.max_rounds if surplus else 1):

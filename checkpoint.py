@@ -91,10 +91,13 @@ def resume(run) -> None:
     model, optimizer = get_state_dict(run.model, run.optimizer)
     dcp.load({"model": model, "optimizer": optimizer}, checkpoint_id=path, no_dist=ranks.world() == 1)
     set_state_dict(run.model, run.optimizer, model_state_dict=model, optim_state_dict=optimizer)
-    run.sampler.load_state_dict(state["sampler"])
-    run.gauge.load_state_dict(state["gauge"])
-    for name, store in run.stores.items():
-        store.load_state_dict(state["stores"][name])
+    try:
+        run.sampler.load_state_dict(state["sampler"])
+        run.gauge.load_state_dict(state["gauge"])
+        for name, store in run.stores.items():
+            store.load_state_dict(state["stores"][name])
+    except KeyError as error:
+        raise ValueError(f"{path} was written by another version ({error}); start the run anew") from error
     torch.set_rng_state(state["torch_rng"])  # dropout, where a model has it
     run.step, run.rollouts, run.tokens = state["step"], state["rollouts"], state["tokens"]
     if ranks.is_main():

@@ -4,7 +4,7 @@
     python train.py --model Qwen/Qwen3-8B --replay         the real thing
     python train.py --model PATH --data FILE.jsonl         your model, your problems
 
-One step, read `main` from top to bottom: draw prompts, generate, score, observe, complete the batch, update, sync, log.
+One step is in `train`: draw prompts, generate, score, observe, complete the batch, update, sync, log.
 """
 
 import copy
@@ -67,7 +67,9 @@ def prepare(cfg: Config) -> Run:
     """Everything that can go wrong by a user's mistake goes wrong here, as a ValueError or OSError of one line."""
     switches, mirror = config.validate(cfg), log.Mirror(cfg.wandb, cfg.tensorboard)
     torch.set_num_threads(cfg.threads or torch.get_num_threads())
-    reward_function = reward.load(cfg.reward)  # its child processes start before CUDA does
+    reward_function = reward.load(cfg.reward)
+    if reward_function is reward.grade:
+        reward.start()  # its child processes, before CUDA
     ranks.start()
     folder = Path(ranks.from_main(str(checkpoint.choose_folder(cfg, HERE / "out"))))
     path = cfg.model or str(HERE / "out" / "tiny-model")
@@ -116,9 +118,6 @@ def make_sampler(name: str | None, n: int, cfg: Config):
             cfg.tie_bias,
         )  # fmt: skip
     return GRESO(n, cfg.seed, cfg.dead_target) if name == "greso" else Uniform(n, cfg.seed)
-
-
-# ---------------------------------------------------------------- model, data, folder
 
 
 def load_prompts(cfg: Config, tokenizer) -> tuple[list[data.Prompt], list[data.Prompt]]:

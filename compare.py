@@ -6,7 +6,7 @@
     python compare.py out/run1 out/run2 ...                                         runs that are there already
 
 Runs of one seed share initial model, prompt order, sampling noise of equal answers, and evaluation. The first method is
-the baseline. Everything is read from the runs' config.json and metrics.jsonl; a finished run is not run again.
+the baseline (of given folders: plain GRPO). Everything is read from the runs' config.json and metrics.jsonl; a finished run is not run again.
 
 Accuracy at a cost is the mean of the last three evaluations up to it. Differences are paired by seed, with Student's t
 intervals; p values are Holm-corrected over the methods of a table. Writes table.md, results.json and comparison.png.
@@ -246,7 +246,7 @@ def main(argv: list[str]) -> int:
             folders = {(m, s): out / f"{m}-s{s}" for s in range(args.seeds) for m in arms}
             run_all([(f, [*base, *arms[m], "--seed", str(s)]) for (m, s), f in folders.items()], args.jobs)
             runs = [read_run(folder) | {"method": m} for (m, _), folder in folders.items()]
-        methods = list(arms) or list(dict.fromkeys(run["method"] for run in runs))
+        methods = list(arms) or sorted({run["method"] for run in runs}, key=lambda method: (method != "none", method))
         result = analyse(runs, methods)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)

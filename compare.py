@@ -6,7 +6,8 @@
     python compare.py out/run1 out/run2 ...                                         runs that are there already
 
 Runs of one seed share initial model, prompt order, sampling noise of equal answers, and evaluation. The first method is
-the baseline (of given folders: plain GRPO). Everything is read from the runs' config.json and metrics.jsonl; a finished run is not run again.
+the baseline (of given folders: plain GRPO). Everything is read from the runs' config.json and metrics.jsonl; a finished
+run is not run again.
 
 Accuracy at a cost is the mean of the last three evaluations up to it. Differences are paired by seed, with Student's t
 intervals; p values are Holm-corrected over the methods of a table. Writes table.md, results.json and comparison.png.

@@ -186,11 +186,13 @@ def run(setting: Setting, rule, seeds: list[int], salt: int = 0, until: float = 
     last = np.full((len(seeds), setting.prompts), np.nan)  # pass rate at the latest visit
     dead, replayed, moved, moves = np.zeros(shape[1]), np.zeros(shape[1]), np.zeros(shape), np.zeros(shape)
     for step in range(1, setting.steps + 1):
-        chosen = np.array([sampler.draw(setting.prompts_per_step, step) for sampler in samplers])  # [S, P]
+        batches = [sampler.draw(setting.prompts_per_step, step) for sampler in samplers]
+        replays = [sampler.epochs.replays for sampler in samplers]
+        back = np.array([[x in again for x in batch] for batch, again in zip(batches, replays, strict=True)])
+        chosen = np.array(batches)  # [S, P]
         correct = policy.step(chosen)
         for sampler, prompts, right in zip(samplers, chosen, correct, strict=True):
             sampler.observe(prompts, right, np.full(len(prompts), g), step)
-        back = np.array([np.isin(row, list(s.epochs.replays)) for s, row in zip(samplers, chosen, strict=True)])
         change = correct / g - last[policy.rows, chosen]
         last[policy.rows, chosen] = correct / g
         for kind in (0, 1):
@@ -237,7 +239,8 @@ def against(base: dict, arm: dict) -> dict:
     for name, part in (("early", 1 / 3), ("late", 2 / 3)):
         level = start + part * gain
         needed = rollouts_to(level, arm["accuracy"], arm["cost"])
-        ratio = np.minimum(needed, arm["cost"][-1]) / rollouts_to(level, base["accuracy"], base["cost"])
+        usual = rollouts_to(level, base["accuracy"], base["cost"])
+        ratio = np.clip(needed, base["cost"][1], base["cost"][-1]) / np.maximum(usual, base["cost"][1])
         logs = mean(np.log(ratio))
         factor = math.exp(logs["mean"])
         result[name] = {"mean": factor - 1, "se": factor * logs["se"], "reached": int(np.isfinite(needed).sum())}
@@ -281,7 +284,7 @@ def table(result: dict) -> str:
     for name, row in result["rules"].items():
         parts = [shown(row[key], n) for key in ("early", "late", "area", "end")]
         parts += [f"{row[key]:15.2f}" for key in ("dead", "replayed")]
-        parts += [f"{row[key]:+15.3f}" for key in ("moved_fresh", "moved_replayed")]
+        parts += [("-" if math.isnan(row[k]) else f"{row[k]:+.3f}").rjust(15) for k in FIGURES if k.startswith("moved")]
         lines.append(f"{name:12}" + "".join(parts))
     return "\n".join(lines)
 

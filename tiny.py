@@ -125,6 +125,9 @@ def make(out: str | Path, seed: int = 0, steps: int = 1600) -> Path:
     out = Path(out)
     if (out / "config.json").exists():
         return out
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()  # of saving, which takes no time
     tokenizer, model = make_tokenizer(), make_model(seed)
     train(model, tokenizer, seed, steps)
     aside = out.with_name(out.name + ".partial")  # renamed when whole, so that a torn folder is never reused

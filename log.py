@@ -263,8 +263,8 @@ def summary(rows: list[dict]) -> str:
 
 def advice(gain: float) -> str:
     """What the gauge means for replay in this run; the bounds are from simulate.py and the embedded task (LOG.md)."""
-    if gain < 0.05:
+    if gain < 0.1:
         return "a visit moves a prompt little: here replay usually saves rollouts"
-    if gain < 0.15:
+    if gain < 0.25:
         return "a visit moves a prompt somewhat: replay may save or cost rollouts, compare.py tells"
     return "a visit moves a prompt far: here replay usually costs rollouts, fresh prompts teach more"

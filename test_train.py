@@ -18,6 +18,7 @@ import config
 import plot
 import tiny
 import train
+from buffer import Group
 
 TINY = str(train.HERE / "out" / "tiny-model")
 SMALL = ["--prompts-per-step", "6", "--answers-per-prompt", "4", "--eval-prompts", "20", "--eval-every", "4"]
@@ -298,3 +299,23 @@ def test_replay_alone_is_prompt_and_each_method_brings_its_papers_constants():
     model = config.parse(["--model", "x", "--replay"], "")[0]
     assert (model.prompts_per_step, model.answers_per_prompt, model.lr, model.temperature) == (32, 16, 1e-6, 1.0)
     assert (model.band, model.share, model.cooldown, model.max_reuse) == ((0.25, 0.75), 0.75, 10, 15)
+
+
+def test_truncated_answers_are_left_out_of_fresh_and_replayed_groups_alike_and_equal_ones_counted():
+    from types import SimpleNamespace
+
+    def group(birth: int) -> Group:
+        tokens = [torch.tensor(t, dtype=torch.int32) for t in ([4, 1], [4, 1], [5, 6, 7], [8, 1])]
+        logprobs = [torch.zeros(len(t)) for t in tokens]
+        advantages = torch.tensor([0.5, 0.5, -0.5, -0.5])
+        return Group(0, tokens, logprobs, [False, False, True, False], birth, advantages + 0.5, advantages)
+
+    prompts = [SimpleNamespace(ids=(2, 3))]
+    for mask, lengths in ((False, [2, 3, 2]), (True, [2, 2])):
+        fake = SimpleNamespace(prompts=prompts, cfg=SimpleNamespace(mask_truncated=mask))
+        sequences = train.training_sequences(fake, [group(7), group(5), group(5).pick(2)], step=7)
+        assert [len(s.tokens) for s in sequences] == 2 * lengths
+        assert [s.count for s in sequences][:2] == [2, 1] and {s.age for s in sequences} == {0, 2}
+        # the single stored answer joins its like of the same birth, or is left out with it
+        assert sum(s.count for s in sequences) == (9 if not mask else 6)
+        assert all(s.prompt == (2, 3) for s in sequences)

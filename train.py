@@ -217,8 +217,7 @@ class Stop:
 
     def agreed(self) -> int:
         """The signal that any rank has had, so that all of them leave after the same step."""
-        self.signal = int(ranks.largest(self.signal))
-        return self.signal
+        return int(ranks.largest(self.signal))  # never assigned: a signal that comes right now must not be lost
 
 
 def evaluate(run: Run) -> float:
@@ -245,7 +244,7 @@ def record(run: Run, step: int, groups: list[Group], batch: list[Group], trained
 
 def train(run: Run) -> int:
     """The loop. Returns the signal that ended it early, or 0."""
-    cfg, stop = run.cfg, Stop()
+    cfg, stop, ended_by = run.cfg, Stop(), 0
     surplus = run.stores.get("dapo")
     evaluates = cfg.eval_every and run.held_out
     start = {"eval_accuracy_start": evaluate(run)} if evaluates and run.step == 0 else {}
@@ -292,11 +291,12 @@ def train(run: Run) -> int:
                 row["eval_accuracy"] = evaluate(run)
             log.write(run, row, progress, groups, texts)
             profiler.step()
-            if stop.agreed() or step % cfg.save_every == 0 or last:
+            ended_by = stop.agreed()
+            if ended_by or step % cfg.save_every == 0 or last:
                 checkpoint.save(run)
-            if stop.signal or last:
+            if ended_by or last:
                 break
-    return stop.signal
+    return ended_by
 
 
 def start(cfg: Config, given: list[str]) -> int:

@@ -16,18 +16,20 @@ intervals; p values are Holm-corrected over the methods of a table. Writes table
 import argparse
 import json
 import math
+import multiprocessing
+import multiprocessing.connection
 import os
 import shlex
-import subprocess
 import sys
-import time
 from pathlib import Path
 from statistics import fmean, stdev
 
 from tqdm import tqdm
 
+import config
 import plot
 import stats
+import tiny
 
 HERE = Path(__file__).parent
 COSTS = {"rollouts": "rollouts", "tokens": "sampled tokens", "optimizer_steps": "optimiser steps", "seconds": "seconds"}
@@ -194,10 +196,25 @@ def finished(folder: Path) -> bool:
     return (folder / "curves.png").exists()
 
 
+def one_run(folder: Path, flags: list[str]) -> None:
+    """In a process of its own, with its console in log.txt."""
+    with open(folder / "log.txt", "w") as log:
+        os.dup2(log.fileno(), 1)
+        os.dup2(log.fileno(), 2)
+    import train
+
+    sys.exit(train.main(["--out", str(folder), *flags]))
+
+
 def run_all(jobs: list[tuple[Path, list[str]]], at_once: int) -> None:
     """Trains what is not there yet, `at_once` side by side, one thread each. A failure ends the comparison."""
     waiting, running = [job for job in jobs if not finished(job[0])], {}
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    for cfg in [config.parse(flags, "")[0] for _, flags in waiting]:
+        if not cfg.model:  # once, before two runs begin to make it
+            tiny.make(tiny.home(HERE / "out", cfg.sharing), sharing=cfg.sharing)
+    os.environ |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(HERE), os.environ.get("PYTHONPATH", "")])}
+    processes = multiprocessing.get_context("forkserver")  # what a run imports takes as long as a short run
+    processes.set_forkserver_preload(["train", "transformers.models.qwen3.modeling_qwen3", "matplotlib.pyplot"])
     with tqdm(total=len(jobs), initial=len(jobs) - len(waiting), unit="run", disable=None) as progress:
         try:
             while waiting or running:
@@ -207,15 +224,14 @@ def run_all(jobs: list[tuple[Path, list[str]]], at_once: int) -> None:
                     resume = ["--resume"] if any(folder.glob("checkpoints/step-*/state.pt")) else []
                     if not resume:
                         (folder / "metrics.jsonl").unlink(missing_ok=True)
-                    log = open(folder / "log.txt", "w")  # noqa: SIM115 (the process keeps it)
-                    command = [sys.executable, "train.py", "--out", str(folder), *flags, *resume]
-                    running[folder] = subprocess.Popen(command, cwd=HERE, stdout=log, stderr=log, env=environment)
-                time.sleep(0.2)
+                    running[folder] = processes.Process(target=one_run, args=(folder, [*flags, *resume]))
+                    running[folder].start()
+                multiprocessing.connection.wait([process.sentinel for process in running.values()])
                 for folder, process in list(running.items()):
-                    if process.poll() is not None:
+                    if process.exitcode is not None:
                         del running[folder]
                         progress.update()
-                        if process.returncode:
+                        if process.exitcode:
                             last = (folder / "log.txt").read_text().strip().splitlines()[-1:]
                             raise ValueError(f"the run in {folder} failed: {' '.join(last)}")
         finally:

@@ -16,6 +16,11 @@ from typing import Literal, get_args, get_origin
 METHODS = {
     "prompt": ("prompts", "Prompt Replay (2603.21177): prompts of medium pass rate come back, with fresh answers", {}),
     "prioritized": ("prompts", "Prioritized Replay (2601.02648): prompts by p(1-p), with retests", {"clip_high": 0.2}),
+    "adaptive": (
+        "prompts",
+        "our own rule (adaptive.py): prompts of pass rates that lately beat the next of the epoch",
+        {"share": 0.75, "cooldown": 2},
+    ),
     "greso": ("prompts", "GRESO (2506.02177), a baseline: pass over prompts that were dead lately", {}),
     "dapo": ("fill", "DAPO (2503.14476), a baseline: generate again until the batch is full", {"clip_high": 0.28}),
     "group": (
@@ -49,6 +54,7 @@ class Config:
     problem_column: str | None = None  # column of the problem; found by itself if it has a usual name
     answer_column: str | None = None  # column of the gold answer; found by itself if it has a usual name
     difficulty: tuple[float, float] = (0.0, 1.0)  # keep pass rates within, by the data's column `difficulty`
+    sharing: Literal["digits", "columns", "none"] = "digits"  # embedded task: facts that prompts share (tiny.py)
     keep_overlap: bool = False  # do not look for problems of the six evaluation sets in data of the hub
     thinking: Literal["auto", "on", "off"] = "auto"  # enable_thinking of the chat template; auto: its own default
     max_prompts: int = 0  # train on the first so many prompts only; 0: all
@@ -70,10 +76,10 @@ class Config:
     tensorboard: bool = False  # mirror metrics and samples in tensorboard/ of the run's folder
     profile: bool = False  # write trace.json of steps 3 and 4, to open in Perfetto
     # ---- replay
-    replay: str = "none"  # prompt, prioritized, greso; dapo, group; rollout; several with +; alone it means prompt
+    replay: str = "none"  # prompt, prioritized, adaptive, greso; dapo, group; rollout; several with +
     band: tuple[float, float] = (0.25, 0.75)  # prompt: pass rates that may come back, ends included
-    share: float = 0.75  # prompt: largest share of a batch that may be replayed
-    cooldown: int = 10  # prompt: least steps between two uses of a prompt
+    share: float = 0.75  # prompt, adaptive: largest share of a batch that may be replayed
+    cooldown: int = 10  # prompt, adaptive: least steps between two uses of a prompt
     max_reuse: int = 15  # prompt: most times a prompt comes back
     smoothing: float = 0.8  # prioritized: weight of the newest pass rate
     initial_priority: float = 0.2  # prioritized: p(1-p) ascribed to prompts never seen
@@ -199,6 +205,8 @@ def validate(cfg: Config) -> dict[str, str]:
         raise ValueError(f"--clip-low must be in [0, 1] and --clip-high >= 0, got {cfg.clip_low} and {cfg.clip_high}")
     if not 0 <= cfg.difficulty[0] <= cfg.difficulty[1] <= 1:
         raise ValueError(f"--difficulty needs two pass rates in [0, 1], the lower first, got {cfg.difficulty}")
+    if cfg.model and cfg.sharing != "digits":
+        raise ValueError("--sharing is a knob of the embedded task; leave out --model or --sharing")
     if cfg.gpus and not cfg.dry_run:
         raise ValueError("--gpus is for --dry-run: a run takes the GPUs that it finds")
     return switches

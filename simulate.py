@@ -32,6 +32,7 @@ from pathlib import Path
 import numpy as np
 
 import plot
+from adaptive import Adaptive
 from replay import GRESO, Prioritized, PromptReplay, Uniform
 
 HERE = Path(__file__).parent
@@ -41,6 +42,7 @@ RULES = {
     "prompt": PromptReplay,
     "prioritized": Prioritized,
     "greso": GRESO,
+    "adaptive": Adaptive,
     "rare": partial(PromptReplay, band=(1e-6, 0.5), share=0.5, cooldown=5, max_reuse=5),
     "cautious": partial(PromptReplay, band=(1e-6, 0.25), share=0.5, cooldown=5, max_reuse=5),
 }

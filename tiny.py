@@ -1,6 +1,7 @@
-"""The embedded model: a small Qwen3 in ordinary Hugging Face format, made in about a minute on a CPU.
+"""The embedded model and task: a small Qwen3 in ordinary Hugging Face format, made in about a minute on a CPU.
 
     python tiny.py --out tiny-model
+    python tiny.py --out tiny-model-none --sharing none
 
 It is taught by an error-prone pupil, so that it stands where a pretrained language model stands before RL: it can do
 the task, but not reliably. Each digit fact (op, a, b) has a fixed error rate, drawn once (half 0, some 0.5, a third
@@ -9,6 +10,12 @@ rate) over its columns, which is U-shaped over prompts as it is for real models:
 GRPO has to turn the habits over.
 
 A worked answer writes digit and carry of each column from the right, then the result: 2440+2914= 40503150=05354.
+
+What one prompt teaches about others decides whether replay pays (LOG.md), so it can be chosen, `--sharing`:
+
+    digits   200 digit facts, each in one prompt of four: almost every prompt teaches every other
+    columns  the same facts with an error rate of their own in each column: 800, in one prompt of sixteen
+    none     512 prompts to know by heart, 4071 =37: whatever is learnt on one is of no use to another
 """
 
 import argparse
@@ -23,6 +30,8 @@ import data
 
 ALPHABET = "0123456789+-="
 ANSWER_TOKENS = 3 * data.WIDTH + 3  # two a column, '=', the result with one digit more, end of text
+STEPS = {"digits": 1600, "columns": 3000, "none": 1600}  # of its training, for each --sharing
+LOOKUPS = 512  # prompts of --sharing none
 
 
 def make_tokenizer():
@@ -65,37 +74,85 @@ def make_model(seed: int):
 class Pupil:
     """Knows every digit fact, but some of them wrongly, with a fixed error rate and a fixed wrong digit each."""
 
-    def __init__(self, seed: int = 7):
+    def __init__(self, seed: int = 7, by_column: bool = False):
         rng = random.Random(seed)
-        facts = [(op, a, b) for op in "+-" for a in range(10) for b in range(10)]
+        self.by_column = by_column
+        columns = range(data.WIDTH if by_column else 1)
+        facts = [(op, a, b, c) for c in columns for op in "+-" for a in range(10) for b in range(10)]
         self.error_rate = {fact: rng.choices((0.0, 0.5, 0.9), (0.50, 0.15, 0.35))[0] for fact in facts}
         self.shift = {fact: rng.randrange(1, 10) for fact in facts}
-        for op in "+-":
-            self.error_rate[op, 0, 0] = 0.0  # the padding columns; wrong here would mean wrong everywhere
+        for fact in facts:
+            if fact[1:3] == (0, 0):
+                self.error_rate[fact] = 0.0  # the padding columns; wrong here would mean wrong everywhere
 
-    def columns(self, question: str) -> list[tuple[str, int, int]]:
+    def facts(self, question: str) -> list[tuple[str, int, int, int]]:
+        """(op, a, b, column) from the right; column 0 where all columns share their facts."""
         op, a, b = question[data.WIDTH], question[: data.WIDTH], question[data.WIDTH + 1 : -1]
-        return [(op, int(x), int(y)) for x, y in zip(reversed(a), reversed(b), strict=True)]
+        digits = enumerate(zip(reversed(a), reversed(b), strict=True))
+        return [(op, int(x), int(y), column * self.by_column) for column, (x, y) in digits]
 
     def pass_rate(self, question: str) -> float:
         """The exact chance that the pupil answers `question` rightly."""
-        return math.prod(1 - self.error_rate[fact] for fact in self.columns(question))
+        return math.prod(1 - self.error_rate[fact] for fact in self.facts(question))
+
+    def questions(self, count: int, seed: int) -> list[str]:
+        """With repeats: the model should know the whole task as badly as the pupil does, held-out problems included."""
+        return [question for question, _ in data.arithmetic(count, seed)]
 
     def answer(self, question: str, rng: random.Random) -> str:
         """A worked answer. Carries are always right; a wrong digit is copied into the result."""
         work, result, carry = "", "", 0
-        for op, x, y in self.columns(question):
+        for fact in self.facts(question):
+            op, x, y, _ = fact
             total = x + y + carry if op == "+" else x - y - carry
             carry, digit = (total // 10, total % 10) if op == "+" else (int(total < 0), total % 10)
-            if rng.random() < self.error_rate[op, x, y]:
-                digit = (digit + self.shift[op, x, y]) % 10
+            if rng.random() < self.error_rate[fact]:
+                digit = (digit + self.shift[fact]) % 10
             work, result = f"{work}{digit}{carry}", f"{digit}{result}"
         return f"{work}={carry}{result}"
 
 
-def train(model, tokenizer, seed: int, steps: int, batch: int = 32, lr: float = 3e-3) -> float:
+class Rote:
+    """Knows a number for each of LOOKUPS keys; its first digit is wrong at a rate of that key's own, always alike."""
+
+    def __init__(self, seed: int = 7):
+        rng = random.Random(seed)
+        keys = [f"{key:04d}" for key in rng.sample(range(10_000), LOOKUPS)]
+        self.gold = {key: f"{rng.randrange(10, 100)}" for key in keys}
+        self.error_rate = {key: rng.choices((0.03, rng.uniform(0.2, 0.8), 0.97), (0.2, 0.3, 0.5))[0] for key in keys}
+        self.wrong = {key: str((int(self.gold[key][0]) + rng.randrange(1, 10)) % 10) for key in keys}
+
+    def pass_rate(self, question: str) -> float:
+        return 1 - self.error_rate[question]
+
+    def questions(self, count: int, seed: int) -> list[str]:
+        return random.Random(seed).choices(list(self.gold), k=count)
+
+    def answer(self, question: str, rng: random.Random) -> str:
+        first, second = self.gold[question]
+        return f"={self.wrong[question] if rng.random() < self.error_rate[question] else first}{second}"
+
+
+def make_pupil(sharing: str) -> Pupil | Rote:
+    return Rote() if sharing == "none" else Pupil(by_column=sharing == "columns")
+
+
+def problems(sharing: str, held_out: int, difficulty=(0.0, 1.0), most: int = 0) -> tuple[list, list]:
+    """Training and held-out (question, answer) pairs of the embedded task: those whose pass rate under the pupil, about
+    the model's at the start, is within `difficulty`; at most 2000 to train on, or `most`. Where no prompt teaches
+    another nothing can be held out: there the second list is part of the first."""
+    pupil, (low, high) = make_pupil(sharing), difficulty
+    if sharing == "none":
+        pairs = [pair for pair in pupil.gold.items() if low <= pupil.pass_rate(pair[0]) <= high][: most or None]
+        return pairs, pairs[:held_out]
+    pairs = data.arithmetic(2000 + held_out if (low, high) == (0, 1) else 20_000)
+    pairs = [pair for pair in pairs if low <= pupil.pass_rate(pair[0]) <= high]
+    return pairs[held_out:][: most or 2000], pairs[:held_out]
+
+
+def train(model, tokenizer, pupil, seed: int, steps: int, batch: int = 32, lr: float = 3e-3) -> float:
     """Supervised training on the pupil's answers; loss on the answer only. Returns the last loss."""
-    rng, pupil, eos = random.Random(seed), Pupil(), tokenizer.eos_token
+    rng, eos = random.Random(seed), tokenizer.eos_token
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.01, fused=True)
     warmup = min(40, steps)
 
@@ -105,8 +162,7 @@ def train(model, tokenizer, seed: int, steps: int, batch: int = 32, lr: float = 
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
     loss = torch.tensor(0.0)
     for _ in tqdm(range(steps), desc="making the embedded model", unit="step", disable=None):
-        # With repeats: the model should know the whole task as badly as the pupil does, held-out problems included.
-        questions = [question for question, _ in data.arithmetic(batch, rng.getrandbits(32))]
+        questions = pupil.questions(batch, rng.getrandbits(32))
         texts = [question + pupil.answer(question, rng) + eos for question in questions]
         ids = torch.tensor(tokenizer(texts)["input_ids"])  # [batch, T], all of one length
         labels = ids.clone()
@@ -120,8 +176,12 @@ def train(model, tokenizer, seed: int, steps: int, batch: int = 32, lr: float = 
     return loss.item()
 
 
-def make(out: str | Path, seed: int = 0, steps: int = 1600) -> Path:
-    """Trains the embedded model into folder `out`, or returns at once if it is there already."""
+def home(folder: Path, sharing: str) -> Path:
+    return folder / ("tiny-model" if sharing == "digits" else f"tiny-model-{sharing}")
+
+
+def make(out: str | Path, seed: int = 0, steps: int = 0, sharing: str = "digits") -> Path:
+    """Trains the embedded model into folder `out`, or returns at once if it is there already. steps 0: as STEPS has."""
     out = Path(out)
     if (out / "config.json").exists():
         return out
@@ -129,7 +189,7 @@ def make(out: str | Path, seed: int = 0, steps: int = 1600) -> Path:
 
     logging.disable_progress_bar()  # of saving, which takes no time
     tokenizer, model = make_tokenizer(), make_model(seed)
-    train(model, tokenizer, seed, steps)
+    train(model, tokenizer, make_pupil(sharing), seed, steps or STEPS[sharing])
     aside = out.with_name(out.name + ".partial")  # renamed when whole, so that a torn folder is never reused
     model.save_pretrained(aside)
     tokenizer.save_pretrained(aside)
@@ -141,6 +201,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--out", default="tiny-model", help="folder to write (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="seed of weights and lessons (default: %(default)s)")
-    parser.add_argument("--steps", type=int, default=1600, help="training steps (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=0, help="training steps (default: as STEPS has)")
+    parser.add_argument("--sharing", choices=STEPS, default="digits", help="of facts (default: %(default)s)")
     arguments = parser.parse_args()
-    print(f"the embedded model is in {make(arguments.out, arguments.seed, arguments.steps)}")
+    print(f"the embedded model is in {make(arguments.out, arguments.seed, arguments.steps, arguments.sharing)}")

@@ -30,6 +30,7 @@ import plot
 import ranks
 import reward
 import tiny
+from adaptive import Adaptive
 from buffer import Group, GroupReplay, RolloutReplay, Surplus, make_stores
 from config import Config
 from logprobs import Scorer, Sequence
@@ -54,7 +55,7 @@ class Run:
     prompts: list[data.Prompt]
     held_out: list[data.Prompt]
     digest: str  # of the prompts: a run is resumed on the data it was started on
-    sampler: Uniform | PromptReplay | Prioritized | GRESO
+    sampler: Uniform | PromptReplay | Prioritized | GRESO | Adaptive
     stores: dict[str, Surplus | GroupReplay | RolloutReplay]
     gauge: log.Gauge
     mirror: log.Mirror
@@ -72,9 +73,9 @@ def prepare(cfg: Config) -> Run:
         reward.start()  # its child processes, before CUDA
     ranks.start()
     folder = Path(ranks.from_main(str(checkpoint.choose_folder(cfg, HERE / "out"))))
-    path = cfg.model or str(HERE / "out" / "tiny-model")
+    path = cfg.model or str(tiny.home(HERE / "out", cfg.sharing))
     if not cfg.model and ranks.is_main():
-        tiny.make(path)
+        tiny.make(path, sharing=cfg.sharing)
     ranks.barrier()
     model, tokenizer, stop_ids = load_model(path, cfg.gradient_checkpointing)
     prompts, held_out = load_prompts(cfg, tokenizer)
@@ -117,6 +118,8 @@ def make_sampler(name: str | None, n: int, cfg: Config):
             n, cfg.seed, cfg.smoothing, cfg.initial_priority, cfg.explore, cfg.retest_every, cfg.retest_solved,
             cfg.tie_bias,
         )  # fmt: skip
+    if name == "adaptive":
+        return Adaptive(n, cfg.seed, cfg.share, cfg.cooldown)
     return GRESO(n, cfg.seed, cfg.dead_target) if name == "greso" else Uniform(n, cfg.seed)
 
 
@@ -132,8 +135,7 @@ def load_prompts(cfg: Config, tokenizer) -> tuple[list[data.Prompt], list[data.P
         if not tokenizer.chat_template:
             notes.append(data.PLAIN_TEXT)
     else:
-        pairs = data.arithmetic(2000 + cfg.eval_prompts)
-        pairs, held_out = pairs[cfg.eval_prompts :], pairs[: cfg.eval_prompts]
+        pairs, held_out = tiny.problems(cfg.sharing, cfg.eval_prompts, cfg.difficulty, cfg.max_prompts)
     thinking = {"on": True, "off": False}.get(cfg.thinking)
     prompts, skipped = data.encode(pairs[: cfg.max_prompts or None], tokenizer, cfg.max_prompt_tokens, thinking)
     if skipped:

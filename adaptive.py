@@ -1,0 +1,88 @@
+"""Our own rule for prompts to bring back: those that have lately been worth more than the next prompts of the epoch.
+
+The four papers fix beforehand which pass rates are worth another visit, and whether that saves rollouts then depends on
+how far one visit moves a prompt (README, "Does replay help?"). Here the run itself tells. A visit to a prompt that
+turns out to stand at pass rate p counts as
+
+    worth = p (1 - p) * (1 - p)^2        the spread of its rewards, which is what it teaches, times what is left to gain
+
+and two averages are kept, over the latest visits: of visits by the epochs, and of return visits to prompts whose group
+before was at a given pass rate. Prompts of such pass rates as beat the epochs come back, the best first; if none does,
+none comes back. Where a visit moves a prompt little, prompts last seen near one third stay worth a visit, and are
+visited until they do not. Where a visit all but solves a prompt, they return solved, are worth nothing, and replay ends
+by itself. All-wrong prompts are retested just when such prompts have begun to come off. The power and the constants
+were chosen with simulate.py; LOG.md has all that was tried, and the judgement on cells that were not used to choose.
+"""
+
+import numpy as np
+
+from replay import NEVER, Epochs, Saved, smallest
+
+LEVELS = 16  # pass rates 0, 1/16 .. 1
+MEMORY = 320  # visits that an average goes back, or so
+GUESS = 8  # visits that the first guess, that a prompt has not moved, counts for
+
+
+def worth(mean: np.ndarray, variance: np.ndarray | None = None) -> np.ndarray:
+    """What visits taught whose rewards had this `mean` [P] and `variance` [P] (of 0s and 1s by default)."""
+    variance = mean * (1 - mean) if variance is None else np.asarray(variance)
+    return variance * (1 - mean) ** 2
+
+
+class Adaptive(Saved):
+    """A sampler like those of replay.py: at most floor(share * n) prompts a step come back, after `cooldown` steps."""
+
+    STATE = ("epochs", "level", "last", "back", "returns", "fresh")
+
+    def __init__(self, num_prompts: int, seed: int = 0, share: float = 0.75, cooldown: int = 2):
+        if not 0 <= share <= 1 or cooldown < 0:
+            raise ValueError(f"need share in [0, 1] and cooldown >= 0, got {share} and {cooldown}")
+        self.share, self.cooldown = share, cooldown
+        self.epochs = Epochs(num_prompts, seed)
+        self.level = np.full(num_prompts, -1, np.int8)  # pass rate of the latest group, in LEVELS; -1: never observed
+        self.last = np.full(num_prompts, -(10**9), np.int64)  # the step of the latest use
+        self.back = np.zeros(num_prompts, bool)  # whether it was replay that brought it
+        self.returns = np.zeros((2, LEVELS + 1))  # by the level before: number and worth of return visits
+        self.fresh = np.zeros(2)  # number and worth of visits by the epochs
+
+    def promise(self) -> np.ndarray:
+        """What a visit to a prompt of each level will be worth [LEVELS + 1]."""
+        number, total = self.returns
+        return (total + GUESS * worth(np.arange(LEVELS + 1) / LEVELS)) / (number + GUESS)
+
+    def bar(self) -> float:
+        """What a visit by the epochs is worth; nothing is, before there was one."""
+        return self.fresh[1] / self.fresh[0] if self.fresh[0] else np.inf
+
+    def draw(self, n: int, step: int) -> list[int]:
+        n = self.epochs.begin(n, step)
+        budget = int(self.share * self.epochs.batches[-1]["asked"] + 1e-9) - len(self.epochs.replays)
+        promise = self.promise()
+        better = (promise > self.bar())[self.level] & (self.level >= 0)
+        ready = self.epochs.free() & better & (self.last <= step - self.cooldown)
+        key = np.where(ready, -promise[self.level], NEVER)
+        longest_ago = self.last * len(self.last) + np.arange(len(self.last))
+        replays = smallest(min(budget, n), ready, key, longest_ago)
+        chosen = [self.epochs.take(x, replay=True) for x in replays]
+        chosen += [self.epochs.take(self.epochs.next()) for _ in range(n - len(chosen))]
+        self.last[chosen], self.back[chosen] = np.maximum(self.last[chosen], step), False
+        self.back[replays] = True
+        return chosen
+
+    def observe(self, indices, num_correct, num_answers, step, variance=None) -> None:
+        x = self.epochs.settle(indices)
+        mean = np.asarray(num_correct) / np.asarray(num_answers)
+        value, before = worth(mean, variance), self.level[x]
+        keep = (1 - 1 / MEMORY) ** len(x)
+        self.returns, self.fresh = self.returns * keep, self.fresh * keep
+        again, fresh = before >= 0, ~self.back[x]
+        np.add.at(self.returns, (slice(None), before[again]), np.stack([np.ones(again.sum()), value[again]]))
+        self.fresh += fresh.sum(), value[fresh].sum()
+        self.level[x] = np.round(mean * LEVELS)
+        self.last[x] = np.maximum(self.last[x], step)
+
+    def figures(self) -> dict:
+        number, total = self.fresh
+        better = self.promise() > self.bar()
+        return {"worth_fresh": float(total / number) if number else 0.0, "levels_back": better.astype(int).tolist(),
+                "buffer": int((better[self.level] & (self.level >= 0)).sum())}  # fmt: skip

@@ -7,8 +7,8 @@ turns out to stand at pass rate p counts as
     worth = p (1 - p) * (1 - p)^2        the spread of its rewards, which is what it teaches, times what is left to gain
 
 and two averages are kept, over the latest visits: of visits by the epochs, and of return visits to prompts whose group
-before was at a given pass rate. Prompts of such pass rates as beat the epochs come back, the best first; if none does,
-none comes back. Where a visit moves a prompt little, prompts last seen near one third stay worth a visit, and are
+before was at a given pass rate. Prompts of such pass rates as beat the epochs by a quarter come back, the best first;
+if none does, none comes back. Where a visit moves a prompt little, prompts last seen near one third stay worth a visit, and are
 visited until they do not. Where a visit all but solves a prompt, they return solved, are worth nothing, and replay ends
 by itself. All-wrong prompts are retested just when such prompts have begun to come off. The power and the constants
 were chosen with simulate.py; LOG.md has all that was tried, and the judgement on cells that were not used to choose.
@@ -20,6 +20,7 @@ from replay import NEVER, Epochs, Saved, smallest
 
 LEVELS = 16  # pass rates 0, 1/16 .. 1
 MEMORY = 320  # visits that an average goes back, or so
+MARGIN = 1.25  # by which return visits must beat those by the epochs
 GUESS = 8  # visits that the first guess, that a prompt has not moved, counts for
 
 
@@ -34,7 +35,7 @@ class Adaptive(Saved):
 
     STATE = ("epochs", "level", "last", "back", "returns", "fresh")
 
-    def __init__(self, num_prompts: int, seed: int = 0, share: float = 0.75, cooldown: int = 2):
+    def __init__(self, num_prompts: int, seed: int = 0, share: float = 0.5, cooldown: int = 5):
         if not 0 <= share <= 1 or cooldown < 0:
             raise ValueError(f"need share in [0, 1] and cooldown >= 0, got {share} and {cooldown}")
         self.share, self.cooldown = share, cooldown
@@ -50,17 +51,17 @@ class Adaptive(Saved):
         number, total = self.returns
         return (total + GUESS * worth(np.arange(LEVELS + 1) / LEVELS)) / (number + GUESS)
 
-    def bar(self) -> float:
-        """What a visit by the epochs is worth; nothing is, before there was one."""
-        return self.fresh[1] / self.fresh[0] if self.fresh[0] else np.inf
+    def better(self) -> np.ndarray:
+        """Which levels' prompts come back [LEVELS + 1]; none before there was a visit by the epochs to compare with."""
+        number, total = self.fresh
+        return self.promise() > (MARGIN * total / number if number else np.inf)
 
     def draw(self, n: int, step: int) -> list[int]:
         n = self.epochs.begin(n, step)
         budget = int(self.share * self.epochs.batches[-1]["asked"] + 1e-9) - len(self.epochs.replays)
-        promise = self.promise()
-        better = (promise > self.bar())[self.level] & (self.level >= 0)
+        better = self.better()[self.level] & (self.level >= 0)
         ready = self.epochs.free() & better & (self.last <= step - self.cooldown)
-        key = np.where(ready, -promise[self.level], NEVER)
+        key = np.where(ready, -self.promise()[self.level], NEVER)
         longest_ago = self.last * len(self.last) + np.arange(len(self.last))
         replays = smallest(min(budget, n), ready, key, longest_ago)
         chosen = [self.epochs.take(x, replay=True) for x in replays]
@@ -83,6 +84,6 @@ class Adaptive(Saved):
 
     def figures(self) -> dict:
         number, total = self.fresh
-        better = self.promise() > self.bar()
+        better = self.better()
         return {"worth_fresh": float(total / number) if number else 0.0, "levels_back": better.astype(int).tolist(),
                 "buffer": int((better[self.level] & (self.level >= 0)).sum())}  # fmt: skip

@@ -10,8 +10,8 @@ and two averages are kept, over the latest visits: of visits by the epochs, and 
 before was at a given pass rate. Prompts of such pass rates as beat the epochs by a quarter come back, the best first;
 if none does, none comes back. Where a visit moves a prompt little, prompts last seen near one third stay worth a visit,
 and are visited until they do not. Where a visit all but solves a prompt, they return solved, are worth nothing, and
-replay all but ends by itself. All-wrong prompts are retested just when such prompts have begun to come off. The power and the
-constants were chosen with simulate.py; LOG.md has what was tried, and the judgement on cells not used to choose.
+replay all but ends by itself. All-wrong prompts are retested just when such prompts have begun to come off. The power
+and the constants were chosen with simulate.py; LOG.md has what was tried, and how it did on cells not used to choose.
 """
 
 import numpy as np

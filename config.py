@@ -69,6 +69,7 @@ class Config:
     eval_every: int = 20  # steps between evaluations on held-out prompts; 0: never
     eval_prompts: int = 200  # held-out prompts (at most a tenth of the data)
     eval_samples: int = 1  # answers to each of them
+    attention: str = "auto"  # of the trainer; auto: flash_attention_2 where flash-attn is installed, else sdpa
     threads: int = 0  # CPU threads; 0: PyTorch's choice
     dry_run: bool = False  # print configuration, first prompt and memory plan, and end
     gpus: str = ""  # with --dry-run: GPUs to plan for, as 8x80 for 8 of 80 GB; else those that are found
@@ -134,8 +135,9 @@ class Config:
 
 # settings that may differ between a run and its resumption
 FREE = {
-    "out", "steps", "max_rollouts", "resume", "save_every", "eval_every", "rollout_batch", "gpu_memory", "kv_cache_gb",
-    "keep_resident", "tensor_parallel", "enforce_eager", "profile", "dry_run", "gpus", "wandb", "tensorboard",
+    "attention", "out", "steps", "max_rollouts", "resume", "save_every", "eval_every", "rollout_batch", "gpu_memory",
+    "kv_cache_gb", "keep_resident", "tensor_parallel", "enforce_eager", "profile", "dry_run", "gpus", "wandb",
+    "tensorboard",
 }  # fmt: skip
 
 

@@ -25,7 +25,7 @@ import random
 import torch
 import torch.distributed as dist
 
-from logprobs import Scorer, Sequence, empty_microbatch, pack, share_out
+from logprobs import Scorer, Sequence, empty_microbatch, share_out
 
 
 def advantages(rewards: torch.Tensor, kind: str = "centred") -> torch.Tensor:
@@ -161,8 +161,9 @@ def over_ranks(values: list[float], op=dist.ReduceOp.SUM) -> list[float]:
     return result.tolist()
 
 
-def plan_work(sequences: list[Sequence], cfg, step: int, device) -> list[tuple]:
+def plan_work(model: Scorer, sequences: list[Sequence], cfg, step: int) -> list[tuple]:
     """For each optimiser step: this rank's sequences, the weights of their tokens, and their micro-batches."""
+    device = next(model.parameters()).device
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     work = []
     for part in split_minibatches(len(sequences), cfg.minibatches, f"{cfg.seed} {step}"):
@@ -171,7 +172,7 @@ def plan_work(sequences: list[Sequence], cfg, step: int, device) -> list[tuple]:
         weights = token_weights(lengths, cfg.normaliser, cfg.max_tokens, counts)  # over all ranks, before the split
         mine = share_out(batch, rank, world)
         rows = [batch[i] for i in mine]
-        micros = pack(rows, cfg.tokens_per_microbatch, device=device)
+        micros = model.pack(rows, cfg.tokens_per_microbatch)
         most = int(over_ranks([len(micros)], dist.ReduceOp.MAX)[0])  # sharded models: all ranks go through together
         work.append((rows, weights[mine].to(device), micros + [empty_microbatch(device)] * (most - len(micros))))
     return work * cfg.epochs
@@ -190,7 +191,7 @@ def update(model, optimizer, sequences: list[Sequence], cfg, step: int, referenc
     world = dist.get_world_size() if dist.is_initialized() else 1
     # with several ranks FSDP's own mixed precision is in charge
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=cfg.dtype == "bfloat16" and world == 1)
-    work = plan_work(sequences, cfg, step, device)
+    work = plan_work(model, sequences, cfg, step)
     sums, grad_norm, old = dict.fromkeys(SUMS, 0.0), 0.0, {}
     model.train()
     if len(work) > 1:

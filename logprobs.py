@@ -9,6 +9,7 @@ Letters: S sequences, N answer tokens, R rows of L tokens, H hidden size, V voca
 from dataclasses import dataclass
 
 import torch
+from transformers.utils import is_flash_attn_2_available
 
 
 class _ChunkedLogProb(torch.autograd.Function):
@@ -92,7 +93,7 @@ class MicroBatch:
 def pack(sequences: list[Sequence], tokens: int, row_length: int | None = None, device="cpu") -> list[MicroBatch]:
     """Micro-batches of at most `tokens` tokens each (or one sequence, where one alone is longer), longest first.
 
-    Rows are as long as the longest sequence unless `row_length` says more: attention without a variable-length kernel
+    Rows are no longer than the longest sequence unless `row_length` says so: attention without a variable-length kernel
     costs rows * L^2, so that short rows are cheap, and several short sequences still share a row.
     """
     order = sorted(range(len(sequences)), key=lambda i: -len(sequences[i]))
@@ -114,13 +115,14 @@ def pack(sequences: list[Sequence], tokens: int, row_length: int | None = None, 
                 continue
             rows[row].append(i)
             room[row] -= size
-        batches.append(_fill(sequences, rows, length, device))
+        batches.append(_fill(sequences, rows, device))
         order = waiting
     return batches
 
 
-def _fill(sequences: list[Sequence], rows: list[list[int]], length: int, device) -> MicroBatch:
+def _fill(sequences: list[Sequence], rows: list[list[int]], device) -> MicroBatch:
     input_ids, position_ids, index, targets, lengths = [], [], [], [], []
+    length = max(sum(len(sequences[i]) for i in row) for row in rows)
     for r, row in enumerate(rows):
         start = r * length
         for i in row:
@@ -157,22 +159,44 @@ def model_logprobs(model, batch: MicroBatch, temperature: float) -> tuple[torch.
     return token_logprobs(chosen, model.get_output_embeddings().weight, batch.targets, temperature)
 
 
+def has_varlen(model) -> bool:
+    """Whether its attention knows sequences by their borders: one row is then as cheap as many, and has to be one."""
+    return "flash" in (model.config._attn_implementation or "")
+
+
 def check_model(model) -> None:
     """ValueError where `model_logprobs` is not the model's own forward: heads that scale, cap or shift their logits,
     and layers that do not keep packed sequences apart."""
+    low = has_varlen(model)  # these kernels know no float32
     vocabulary = model.get_input_embeddings().num_embeddings
     ids = torch.tensor([[(7 * i + 13 * j + 1) % vocabulary for j in range(6)] for i in range(2)])
     pair = [Sequence(tuple(row[:2].tolist()), row[2:], torch.zeros(4), 0.0, 0) for row in ids]
     (micro,) = pack(pair, 12, row_length=12, device=model.device)
-    with torch.no_grad():
+    with torch.no_grad(), torch.autocast(model.device.type, torch.bfloat16, enabled=low):
         ours, _ = model_logprobs(model, micro, 1.0)
         logits = model(input_ids=ids.to(model.device), use_cache=False).logits.float()
     own = torch.log_softmax(logits[:, 1:-1], -1).gather(2, ids[:, 2:, None].to(model.device))[..., 0]
-    if (ours - own[micro.sequences].flatten()).abs().max() > 1e-2:
+    if (ours - own[micro.sequences].flatten()).abs().max() > (0.2 if low else 1e-2):
         raise ValueError(
             f"{model.config.model_type} models scale, cap or shift their logits, or cannot be packed, and would be "
             "trained on wrong log-probs; use a Qwen3, Llama, Mistral, Gemma 3, OLMo or alike"
         )
+
+
+def choose_attention(model, name: str) -> None:
+    """Checks `model`, and gives it the attention called `name`: one that transformers knows, or "auto": variable-length
+    flash attention on a GPU that has it, else transformers' own choice. ValueError, in one line, if it cannot run."""
+    check_model(model)
+    gpu = torch.cuda.is_available()
+    if name == "auto" and not (gpu and is_flash_attn_2_available()):
+        return
+    try:
+        model.set_attn_implementation("flash_attention_2" if name == "auto" else name)
+        if model.device.type == "cuda" or not gpu:  # on its way to a GPU it cannot run yet
+            check_model(model)
+    except (ImportError, RuntimeError, ValueError) as error:
+        what = " ".join(str(error).split())[:300]
+        raise ValueError(f"--attention {name} does not work here ({what}); leave it out, or say sdpa") from error
 
 
 class Scorer(torch.nn.Module):
@@ -181,6 +205,10 @@ class Scorer(torch.nn.Module):
     def __init__(self, model):
         super().__init__()
         self.model = model
+
+    def pack(self, sequences: list[Sequence], tokens: int) -> list[MicroBatch]:
+        device = next(self.parameters()).device
+        return pack(sequences, tokens, tokens if has_varlen(self.model) else None, device)
 
     def forward(self, batch: MicroBatch, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
         return model_logprobs(self.model, batch, temperature)

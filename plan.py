@@ -4,9 +4,9 @@
     python train.py --model Qwen/Qwen3-8B --replay --dry-run --gpus 8x80      against 8 of 80 GB
 
 The number of parameters is exact: the model is built without storage. Memory is an estimate by the formulas below, for
-each GPU, in three phases that do not coincide: at start-up the whole model is loaded before it is sharded; in rollouts
-the engine has bf16 weights of its own and its KV cache, and there are no gradients; in the update the engine sleeps,
-and either the end of the forward pass or the backward pass needs most. Dense models, bytes:
+each GPU, in three phases that do not coincide: at start-up weights arrive, sharded a layer at a time; in rollouts the
+engine has bf16 weights of its own and its KV cache, and there are no gradients; in the update the engine sleeps, and
+either the end of the forward pass or the backward pass needs most. Dense models, bytes:
 
     weights 4 P/N    gradients 4 P/N    AdamW 8 P/N, in 8 bits 2.1 P/N    engine 2 P    KV 4 K a token and layer
     bf16 copies that autocast makes of weights: 2 P, kept for the backward pass unless activations are checkpointed;
@@ -133,15 +133,18 @@ def plan(s: dict, cfg, count: int = 1, gpu: float = 0.0) -> dict:
     answers = cfg.prompts_per_step * cfg.answers_per_prompt
     kv["all"] /= count
     bfloat16, resident = cfg.dtype == "bfloat16", vllm and cfg.keep_resident
-    engine = (2 if bfloat16 else 4) * p / cfg.tensor_parallel if vllm else 2 * p * bfloat16
+    engine = (2 if bfloat16 else 4) * p / cfg.tensor_parallel if vllm else p * (2 * bfloat16 + 4 * (count > 1))
     generating = ENGINE if vllm else 12 * min(cfg.rollout_batch, answers) * s["vocabulary"]  # logits, log-probs, sums
     trainer = {
         "weights, float32": 4 * p * copies / count,
         "optimiser": (2.1 if cfg.optimizer == "adamw8bit" else 8) * p / count,
     }
     pool = {"engine's weights": engine, "KV cache": kv["pool"]}
+    loaded = 4 * max(s["outside"], s["layer"]) * (count > 1)  # what is being sharded is whole
     phases = {
-        "start-up": {"weights, float32": 4 * p * copies} | (pool if vllm else {}) | {OTHER: CONTEXT + ENGINE * vllm},
+        "start-up": {"weights, float32": 4 * p * copies / count + loaded}
+        | (pool if vllm else {})
+        | {OTHER: CONTEXT + ENGINE * vllm},
         "rollout": trainer | pool | {OTHER: CONTEXT + generating},
         "update": trainer
         | {"gradients": 4 * p / count}

@@ -23,7 +23,7 @@ import torch.distributed as dist
 import ranks
 from buffer import Group
 from data import Prompt
-from logprobs import Scorer, Sequence, check_model, pack
+from logprobs import Scorer, Sequence, choose_attention
 
 
 def request_seed(seed: int, step: int, prompt: int, sample: int) -> int:
@@ -49,10 +49,10 @@ def sample(logits: torch.Tensor, noise: torch.Tensor, temperature: float) -> tup
     return token, logprobs.gather(1, token[:, None])[:, 0]
 
 
-def load_model(path: str, gradient_checkpointing: bool = False, device: str | None = None):
-    """Model in float32 (bf16 weights do not move at lr 1e-6), tokenizer, and the ids that end an answer."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-    from transformers.utils import logging
+def load_model(path: str, gradient_checkpointing=False, attention="auto", device: str | None = None):
+    """Model in float32 (bf16 weights do not move at lr 1e-6), tokenizer, and the ids that end an answer. On the GPU if
+    there is one, but for several ranks on the CPU: sharding takes it from there layer by layer, as it need not fit."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer, logging
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
@@ -61,16 +61,14 @@ def load_model(path: str, gradient_checkpointing: bool = False, device: str | No
         model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
     except Exception as error:  # transformers raises half a dozen kinds here, some with pages of text
         first = str(error).strip().split("\n")[0]
-        raise ValueError(
-            f"no model can be loaded from {path!r} ({type(error).__name__}: {first}); give a Hugging Face id, or a "
-            "folder with config.json, weights and tokenizer"
-        ) from error
+        what = f"no model can be loaded from {path!r} ({type(error).__name__}: {first})"
+        raise ValueError(f"{what}; give a Hugging Face id, or a folder with config, weights and tokenizer") from error
     stop = model.generation_config.eos_token_id
     stop = set(stop if isinstance(stop, list) else [stop]) | {tokenizer.eos_token_id}
     if gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    model = model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval()
-    check_model(model)
+    model = model.to(device or ("cuda" if torch.cuda.is_available() and ranks.world() == 1 else "cpu")).eval()
+    choose_attention(model, attention)
     return model, tokenizer, sorted(stop - {None})
 
 
@@ -283,7 +281,7 @@ class VLLMEngine:
         groups = self.generate(self.probes, 1, 0, 0, temperature=1.0, limit=min(PROBE_TOKENS, self.max_tokens))
         pairs = zip(self.probes, groups, strict=True)
         answers = [Sequence(probe.ids, group.tokens[0], group.logprobs[0], 0.0, 0) for probe, group in pairs]
-        (batch,) = pack(answers, tokens=2 * PROBES * PROBE_TOKENS, device=model.model.device)
+        (batch,) = model.pack(answers, 2 * PROBES * PROBE_TOKENS)
         half = self.dtype == torch.bfloat16 and ranks.world() == 1  # over several ranks FSDP takes care of precision
         with torch.autocast(batch.input_ids.device.type, torch.bfloat16, enabled=half):
             logprobs, _ = model(batch, 1.0)
@@ -339,7 +337,8 @@ def make_engine(kind: str, model, model_path: str, stop_ids, cfg) -> Transformer
     if ranks.is_main():
         print(f"engine: {kind} ({why})")
     if kind == "transformers":
-        model = load_model(model_path)[0] if model is None else copy.deepcopy(model) if ranks.world() > 1 else model
+        if model is None or ranks.world() > 1:  # sharded weights cannot generate
+            model = (load_model(model_path)[0] if model is None else copy.deepcopy(model)).to("cuda" if gpu else "cpu")
         return TransformersEngine(model, stop_ids, cfg.max_tokens, cfg.temperature, cfg.rollout_batch, cfg.dtype)
     try:
         return VLLMEngine(model, model_path, stop_ids, cfg)

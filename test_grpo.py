@@ -15,7 +15,7 @@ import grpo
 import tiny
 from config import Config
 from grpo import advantages, k3, policy_loss, token_weights, update
-from logprobs import Scorer, Sequence, check_model, model_logprobs, pack, share_out, token_logprobs
+from logprobs import Scorer, Sequence, check_model, choose_attention, model_logprobs, pack, share_out, token_logprobs
 
 VOCABULARY, PAD, EOS = 23, 0, 1
 F64 = torch.float64
@@ -1088,3 +1088,37 @@ def test_models_that_would_get_wrong_log_probs_are_refused():
     config.logits_scaling = 0.1
     with pytest.raises(ValueError, match="granite"):
         check_model(GraniteForCausalLM(config).eval())
+
+
+def test_a_variable_length_kernel_gets_one_row_without_slack():
+    """Flash attention reads the borders of packed sequences from one row alone; with several it mixes them."""
+    model, sequences = small_model("qwen3"), random_sequences(9, seed=5)
+    total = sum(map(len, sequences))
+    for tokens in (1, 40, 10_000):
+        model.config._attn_implementation = "flash_attention_2"
+        micros = Scorer(model).pack(sequences, tokens)
+        assert all(micro.input_ids.shape[0] == 1 for micro in micros)
+        assert sum(micro.input_ids.numel() for micro in micros) == total
+        model.config._attn_implementation = "sdpa"
+        plain = Scorer(model).pack(sequences, tokens)
+        assert max(len(micro.input_ids) for micro in plain) > 1 or tokens == 1
+    assert len(micros) == 1
+
+
+@pytest.mark.parametrize("name", ["flash_attention_2", "nonsense", "flex_attention_9"])
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU may have it")
+def test_an_attention_that_cannot_run_is_one_line(name):
+    with pytest.raises(ValueError, match=f"--attention {name} does not work here") as error:
+        choose_attention(small_model("qwen3"), name)
+    assert "\n" not in str(error.value)
+
+
+def test_attention_by_name_gives_the_same_log_probs():
+    model, sequences = small_model("qwen3"), random_sequences(5, seed=2)
+    (micro,) = pack(sequences, 10_000, row_length=60)
+    before, _ = model_logprobs(model, micro, 1.0)
+    choose_attention(model, "auto")
+    assert model.config._attn_implementation == "sdpa"
+    choose_attention(model, "eager")
+    assert model.config._attn_implementation == "eager"
+    torch.testing.assert_close(model_logprobs(model, micro, 1.0)[0], before, rtol=0, atol=1e-5)

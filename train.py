@@ -77,7 +77,7 @@ def prepare(cfg: Config) -> Run:
     if not cfg.model and ranks.is_main():
         tiny.make(path, sharing=cfg.sharing)
     ranks.barrier()
-    model, tokenizer, stop_ids = load_model(path, cfg.gradient_checkpointing)
+    model, tokenizer, stop_ids = load_model(path, cfg.gradient_checkpointing, cfg.attention)
     prompts, held_out = load_prompts(cfg, tokenizer)
     sampler = make_sampler(switches.get("prompts"), len(prompts), cfg)
     stores = make_stores(switches, cfg)

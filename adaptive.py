@@ -16,7 +16,7 @@ and the constants were chosen with simulate.py; LOG.md has what was tried, and h
 
 import numpy as np
 
-from replay import NEVER, Epochs, Saved, smallest
+from replay import Epochs, Saved, smallest
 
 LEVELS = 16  # pass rates 0, 1/16 .. 1
 MEMORY = 320  # visits that an average goes back, or so
@@ -41,7 +41,8 @@ class Adaptive(Saved):
         self.share, self.cooldown = share, cooldown
         self.epochs = Epochs(num_prompts, seed)
         self.level = np.full(num_prompts, -1, np.int8)  # pass rate of the latest group, in LEVELS; -1: never observed
-        self.last = np.full(num_prompts, -(10**9), np.int64)  # the step of the latest use
+        self.last = np.full(num_prompts, -(10**9), np.int32)  # the step of the latest use
+        self.tie = np.arange(num_prompts)
         self.back = np.zeros(num_prompts, bool)  # whether it was replay that brought it
         self.returns = np.zeros((2, LEVELS + 1))  # by the level before: number and worth of return visits
         self.fresh = np.zeros(2)  # number and worth of visits by the epochs
@@ -59,11 +60,11 @@ class Adaptive(Saved):
     def draw(self, n: int, step: int) -> list[int]:
         n = self.epochs.begin(n, step)
         budget = int(self.share * self.epochs.batches[-1]["asked"] + 1e-9) - len(self.epochs.replays)
-        better = self.better()[self.level] & (self.level >= 0)
-        ready = self.epochs.free() & better & (self.last <= step - self.cooldown)
-        key = np.where(ready, -self.promise()[self.level], NEVER)
-        longest_ago = self.last * len(self.last) + np.arange(len(self.last))
-        replays = smallest(min(budget, n), ready, key, longest_ago)
+        ready = self.epochs.free() & (self.last <= step - self.cooldown)
+        replays: list[int] = []
+        for level in np.argsort(-self.promise(), kind="stable")[: self.better().sum()]:  # the best first
+            room = min(budget, n) - len(replays)
+            replays += smallest(room, ready & (self.level == level), self.last, self.tie)  # longest not visited first
         chosen = [self.epochs.take(x, replay=True) for x in replays]
         chosen += [self.epochs.take(self.epochs.next()) for _ in range(n - len(chosen))]
         self.last[chosen], self.back[chosen] = np.maximum(self.last[chosen], step), False

@@ -162,7 +162,7 @@ class RolloutReplay(Saved):
         count = min(round(self.ratio * len(fresh)), len(self.stored)) if step >= self.warmup else 0
         self.drawn = []
         if count:
-            size = np.array([abs(float(one.advantages[0])) for one in self.stored])
+            size = torch.cat([one.advantages for one in self.stored]).abs().double().numpy()
             weight = (size + 1e-6) ** self.exponent
             found = self.rng.choice(len(self.stored), count, replace=False, p=weight / weight.sum())
             self.drawn = [self.stored[i] for i in found]

@@ -3,6 +3,7 @@
     python compare.py --methods none prompt rollout group --seeds 12 --budget-rollouts 40000
     python compare.py --arms "fifo: --replay rollout --priority-exponent 0" --methods none --seeds 12
     python compare.py --methods none prompt --seeds 12 -- --lr 1e-4 --share 0.5     after --: flags for every run
+    python compare.py --methods none prompt --lrs 1e-4 5e-4 2e-3     at each rate, and at the best for each method
     python compare.py out/run1 out/run2 ...                                         runs that are there already
 
 Runs of one seed share initial model, prompt order, sampling noise of equal answers, and evaluation. The first method is
@@ -10,7 +11,7 @@ the baseline (of given folders: plain GRPO). Everything is read from the runs' c
 run is not run again.
 
 Accuracy at a cost is the mean of the last three evaluations up to it. Differences are paired by seed, with Student's t
-intervals; p values are Holm-corrected over the methods of a table. Writes table.md, results.json and comparison.png.
+intervals; p values are Holm-corrected over the methods of a table. Writes results.md, results.json and results.png.
 """
 
 import argparse
@@ -20,6 +21,7 @@ import multiprocessing
 import multiprocessing.connection
 import os
 import shlex
+import subprocess
 import sys
 from pathlib import Path
 from statistics import fmean, stdev
@@ -112,11 +114,12 @@ def holm(p_values: list[float]) -> list[float]:
 def analyse(runs: list[dict], methods: list[str]) -> dict:
     """Every figure of the table. `runs` of `methods`, the first of which is the baseline, paired by seed."""
     by = {method: {run["seed"]: run for run in runs if run["method"] == method} for method in methods}
-    budgets = {cost: min(run["points"][-1][cost] for run in runs) for cost in COSTS}
-    base, result = by[methods[0]], {"baseline": methods[0], "budgets": budgets, "methods": {}}
+    base, result = by[methods[0]], {"baseline": methods[0], "methods": {}}
     for method, arm in by.items():
         seeds = sorted(base.keys() & arm.keys())
-        entry = {"seeds": len(seeds), "accuracy": {}, "difference": {}, "area": {}, "reach": {}}
+        # what all runs of the pair spent: one method's few optimiser steps do not cut the others' comparison short
+        budgets = {cost: min(run[s]["points"][-1][cost] for run in (arm, base) for s in seeds) for cost in COSTS}
+        entry = {"seeds": len(seeds), "budgets": budgets, "accuracy": {}, "difference": {}, "area": {}, "reach": {}}
         for cost, budget in budgets.items():
             entry["accuracy"][cost] = fmean(accuracy_at(arm[s], cost, budget) for s in seeds)
             if method != methods[0]:
@@ -148,12 +151,11 @@ def points_of(test: dict) -> str:
 
 def table(result: dict) -> str:
     """Markdown."""
-    base, budgets = result["baseline"], result["budgets"]
+    base = result["baseline"]
+    spent = ", ".join(f"{budget:,.0f} {COSTS[cost]}" for cost, budget in result["methods"][base]["budgets"].items())
     lines = [
-        f"Held-out accuracy in points against {base}, paired by seed, 95 % intervals, * Holm-corrected p < 0.05. "
-        + "At equal "
-        + ", ".join(f"{COSTS[cost]} ({budget:,.0f})" for cost, budget in budgets.items())
-        + ".",
+        f"Held-out accuracy in points against {base}, paired by seed, 95 % intervals, * Holm-corrected p < 0.05, at "
+        f"the most that both spent ({base}: {spent}).",
         "",
         "| method | seeds | accuracy | "
         + " | ".join(f"at equal {name}" for name in COSTS.values())
@@ -239,12 +241,75 @@ def run_all(jobs: list[tuple[Path, list[str]]], at_once: int) -> None:
                 process.terminate()
 
 
+def tuned(by_lr: dict[str, list[dict]], methods: list[str]) -> tuple[list[dict], dict]:
+    """Each method's runs at a learning rate of its own, by one rule: seeds of one half of all are taken at the rate
+    whose mean accuracy on the way to the budget was best in the other half. Returns them and the rates chosen."""
+    everything = [run for runs in by_lr.values() for run in runs]
+    seeds = sorted({run["seed"] for run in everything})
+    budget = min(run["points"][-1]["rollouts"] for run in everything)
+    chosen, rates = [], {}
+    for method in methods:
+        rates[method] = []
+        for half in (seeds[::2], seeds[1::2]):
+
+            def on_the_other_half(lr, method=method, half=half):
+                arm = [run for run in by_lr[lr] if run["method"] == method and run["seed"] not in half]
+                return fmean(area(run, "rollouts", budget) for run in arm)
+
+            rates[method].append(max(by_lr, key=on_the_other_half))
+            chosen += [r for r in by_lr[rates[method][-1]] if r["method"] == method and r["seed"] in half]
+    return chosen, rates
+
+
+def write(out: Path, name: str, runs: list[dict], methods: list[str], command: str, **more) -> None:
+    """Prints the table; writes it, its numbers and the figure as `name`.md, .json and .png."""
+    result = analyse(runs, methods) | more | {"command": command, "commit": commit()}
+    (out / f"{name}.json").write_text(json.dumps(rounded(result), indent=1) + "\n")
+    (out / f"{name}.md").write_text(table(result) + "\n")
+    print(table(result))
+    print(f"numbers: {out / f'{name}.json'}, figure: {plot.comparison(runs, methods, out / f'{name}.png')}\n")
+
+
+def rounded(value):
+    if isinstance(value, dict):
+        return {key: rounded(v) for key, v in value.items()}
+    return float(f"{value:.4g}") if isinstance(value, float) else value
+
+
+def commit() -> str:
+    """Of this code, for the results file; empty outside of a git checkout."""
+    done = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=HERE, capture_output=True, text=True)
+    return done.stdout.strip()
+
+
+def run_or_read(args, arms: dict[str, list[str]], extra: list[str], out: Path) -> dict[str, list[dict]]:
+    """The runs of each learning rate; "" where none is asked for."""
+    if bool(args.runs) == bool(arms):
+        raise ValueError("give folders of runs, or --methods (and --arms) to run")
+    if args.runs:
+        return {"": [read_run(Path(folder)) for folder in args.runs]}
+    if args.seeds < 4 and args.lrs:
+        raise ValueError(f"--lrs chooses on half of the seeds and judges on the other: at least 4, got {args.seeds}")
+    base = ["--steps", "1000000", "--max-rollouts", str(args.budget_rollouts), "--save-every", "100", *extra]
+    folders, jobs = {}, []
+    for lr in args.lrs or [""]:
+        rate, place = (["--lr", lr], out / f"lr-{lr}") if lr else ([], out)
+        folders[lr] = {(m, s): place / f"{m}-s{s}" for s in range(args.seeds) for m in arms}
+        jobs += [(f, [*base, *rate, *arms[m], "--seed", str(s)]) for (m, s), f in folders[lr].items()]
+    run_all(jobs, args.jobs)
+    return {lr: [read_run(f) | {"method": m} for (m, _), f in some.items()] for lr, some in folders.items()}
+
+
 def main(argv: list[str]) -> int:
+    command = "python compare.py " + shlex.join(argv)
     argv, extra = (argv[: argv.index("--")], argv[argv.index("--") + 1 :]) if "--" in argv else (argv, [])
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="*", help="folders of runs to compare; without them --methods are run")
     parser.add_argument("--methods", nargs="+", default=[], help="values of --replay; the first is the baseline")
     parser.add_argument("--arms", nargs="+", default=[], help="further methods as 'NAME: flags of train.py'")
+    parser.add_argument(
+        "--lrs", nargs="+", default=[], help="learning rates: a table for each, and one tuned per method"
+    )
     parser.add_argument("--seeds", type=int, default=12, help="matched seeds, 0 up (%(default)s)")
     parser.add_argument("--budget-rollouts", type=int, default=40_000, help="answers a run may generate (%(default)s)")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs side by side (%(default)s)")
@@ -254,26 +319,25 @@ def main(argv: list[str]) -> int:
     arms = {method: ["--replay", method] for method in args.methods}
     arms |= {name.strip(): shlex.split(flags) for name, _, flags in (arm.partition(":") for arm in args.arms)}
     try:
-        if bool(args.runs) == bool(arms):
-            raise ValueError("give folders of runs, or --methods (and --arms) to run")
-        if args.runs:
-            runs = [read_run(Path(folder)) for folder in args.runs]
-        else:
-            base = ["--steps", "1000000", "--max-rollouts", str(args.budget_rollouts), "--save-every", "100", *extra]
-            folders = {(m, s): out / f"{m}-s{s}" for s in range(args.seeds) for m in arms}
-            run_all([(f, [*base, *arms[m], "--seed", str(s)]) for (m, s), f in folders.items()], args.jobs)
-            runs = [read_run(folder) | {"method": m} for (m, _), folder in folders.items()]
-        methods = list(arms) or sorted({run["method"] for run in runs}, key=lambda method: (method != "none", method))
-        result = analyse(runs, methods)
+        by_lr = run_or_read(args, arms, extra, out)
+        names = sorted({run["method"] for run in by_lr.get("", [])}, key=lambda method: (method != "none", method))
+        methods = list(arms) or names
+        out.mkdir(parents=True, exist_ok=True)
+        for lr, runs in by_lr.items():
+            print(f"learning rate {lr} for all\n" if lr else "")
+            write(out, f"lr-{lr}" if lr else "results", runs, methods, command)
+        if len(by_lr) > 1:
+            runs, rates = tuned(by_lr, methods)
+            print(
+                "learning rate tuned for each method (for even and for odd seeds, on the others): " + str(rates) + "\n"
+            )
+            write(out, "tuned", runs, methods, command, rates=rates)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    out.mkdir(parents=True, exist_ok=True)
-    result["command"] = "python compare.py " + shlex.join(sys.argv[1:])
-    (out / "results.json").write_text(json.dumps(result, indent=1) + "\n")
-    (out / "table.md").write_text(table(result) + "\n")
-    print(table(result))
-    print(f"results: {out / 'results.json'}, figure: {plot.comparison(runs, methods, out / 'comparison.png')}")
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on from here", file=sys.stderr)
+        return 130
     return 0
 
 

@@ -275,7 +275,7 @@ def on_vllm(work) -> dict[str, float]:
     )  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
-        engine = rollout.VLLMEngine(model, folder, [model.config.vocab_size + 1], cfg)
+        engine = rollout.VLLMEngine(model, folder, [], cfg)  # nothing ends an answer but its length
         found = work(engine, model)
         engine.close()
     return found

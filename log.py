@@ -264,7 +264,7 @@ def summary(rows: list[dict]) -> str:
 def advice(gain: float) -> str:
     """What the gauge means for replay in this run; the bounds are from simulate.py and the embedded task (LOG.md)."""
     if gain < 0.1:
-        return "a visit moves a prompt little: here replay usually saves rollouts"
+        return "a visit moves a prompt little: bringing back prompts of medium pass rate usually saves rollouts here"
     if gain < 0.25:
-        return "a visit moves a prompt somewhat: replay may save or cost rollouts, compare.py tells"
-    return "a visit moves a prompt far: here replay usually costs rollouts, fresh prompts teach more"
+        return "a visit moves a prompt somewhat: replay may save or cost rollouts; --replay adaptive decides as it goes"
+    return "a visit moves a prompt far: fixed rules usually cost rollouts here, fresh prompts teach more"

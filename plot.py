@@ -59,8 +59,29 @@ def what_replay_did(axis, rows: list[dict]) -> None:
         axis.set(title="distinct prompts seen", xlabel="step")
 
 
+def gauge(axis, rows: list[dict]) -> None:
+    """How far a visit has moved a prompt so far, with a standard error either way."""
+    for name, label, colour in (("epochs", "visits by the epochs", BLUE), ("replay", "visits by replay", ORANGE)):
+        known = [row for row in rows if row.get(f"gain_{name}_n", 0) >= 20]
+        steps, mean = series(known, f"gain_{name}")
+        _, error = series(known, f"gain_{name}_se")
+        if steps:
+            axis.plot(steps, mean, color=colour, label=label)
+            low, high = ([m + sign * e for m, e in zip(mean, error, strict=True)] for sign in (-1, 1))
+            axis.fill_between(steps, low, high, color=colour, alpha=0.2, linewidth=0)
+    axis.axhline(0, color=GREY, linewidth=0.8)
+    axis.set(title="change of pass rate from visit to visit", xlabel="step")
+
+
+def where_time_went(axis, rows: list[dict], smooth: int) -> None:
+    parts = [series(rows, f"seconds_{name}", smooth)[1] for name in ("rollout", "reward", "update", "sync")]
+    steps, colours = [row["step"] for row in rows], (BLUE, GREEN, ORANGE, GREY)
+    axis.stackplot(steps, parts, labels=("rollout", "reward", "update", "sync"), colors=colours, linewidth=0)
+    axis.set(title="seconds of a step", xlabel="step")
+
+
 def curves(folder: Path) -> Path:
-    """Six panels: accuracy, dead groups, |advantage|, pass rates, what replay did, where time went."""
+    """Eight panels: accuracy, dead groups, |advantage|, the gauge; pass rates, what replay did, entropy, time."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -68,8 +89,8 @@ def curves(folder: Path) -> Path:
 
     rows = read(folder / "metrics.jsonl")
     smooth = max(len(rows) // 40, 1)
-    figure, axes = plt.subplots(2, 3, figsize=(13, 7), layout="constrained")
-    (accuracy, dead, advantage), (rates, replay, entropy) = axes
+    figure, axes = plt.subplots(2, 4, figsize=(17, 7), layout="constrained")
+    (accuracy, dead, advantage, moved), (rates, replay, entropy, time) = axes
 
     steps, values = series(rows, "eval_accuracy")
     if rows[0].get("eval_accuracy_start") is not None:
@@ -87,10 +108,12 @@ def curves(folder: Path) -> Path:
     advantage.plot(*series(rows, "replayed", smooth), color=ORANGE, label="share of prompts replayed")
     advantage.set(title="signal per answer, and replay", xlabel="step", ylim=(0, None))
 
+    gauge(moved, rows)
     pass_rate_bars(rates, rows)
     what_replay_did(replay, rows)
     entropy.plot(*series(rows, "entropy", smooth), color=GREEN, label="nats per token")
     entropy.set(title="entropy", xlabel="step", ylim=(0, None))
+    where_time_went(time, rows, smooth)
     for axis in axes.flat:
         axis.spines[["top", "right"]].set_visible(False)
         if axis.get_legend_handles_labels()[0]:

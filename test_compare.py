@@ -56,7 +56,7 @@ def test_a_better_method_is_found_and_an_equal_one_is_not():
         runs.append(run_of("costly", seed, base, rollouts=200))
     result = compare.analyse(runs, ["none", "better", "equal", "costly"])
     better, equal, costly = (result["methods"][name] for name in ("better", "equal", "costly"))
-    assert result["budgets"]["rollouts"] == 400 and better["seeds"] == 6
+    assert better["budgets"]["rollouts"] == 400 and better["seeds"] == 6
     assert better["difference"]["rollouts"]["low"] > 0.05 and better["difference"]["rollouts"]["p_holm"] < 0.05
     assert equal["difference"]["rollouts"]["low"] < 0 < equal["difference"]["rollouts"]["high"]
     assert costly["difference"]["rollouts"]["mean"] < -0.1 and costly["difference"]["optimizer_steps"]["mean"] == 0
@@ -79,8 +79,10 @@ def test_the_whole_command_and_again_without_running(tmp_path, capsys):
     flags = ["--", "--eval-every", "2", "--prompts-per-step", "8", "--eval-prompts", "20"]
     assert compare.main([*command, *flags]) == 0
     result = json.loads((out / "results.json").read_text())
-    assert set(result["methods"]) == {"none", "prompt", "fifo"} and result["budgets"]["rollouts"] >= 400
-    assert (out / "comparison.png").stat().st_size > 10_000 and "| fifo | 2 |" in (out / "table.md").read_text()
+    assert (
+        set(result["methods"]) == {"none", "prompt", "fifo"} and result["methods"]["none"]["budgets"]["rollouts"] >= 400
+    )
+    assert (out / "results.png").stat().st_size > 10_000 and "| fifo | 2 |" in (out / "results.md").read_text()
     assert {row["rollouts"] for row in plot.read(out / "fifo-s1" / "metrics.jsonl")} >= {64, 448}
     before = {p: p.stat().st_mtime_ns for p in out.glob("*/metrics.jsonl")}
     assert compare.main([*command, *flags]) == 0
@@ -89,3 +91,31 @@ def test_the_whole_command_and_again_without_running(tmp_path, capsys):
     folders = [str(p.parent) for p in before if not p.parent.name.startswith("fifo")]
     assert compare.main([*folders, "--out", str(tmp_path / "again")]) == 0
     assert "| prompt | 2 |" in capsys.readouterr().out
+
+
+def test_each_method_is_judged_at_the_rate_that_was_best_on_the_other_half():
+    """Rate "b" suits the method on even seeds and "a" on odd ones: chosen by the other half, it gets the wrong one."""
+
+    def at(rate):
+        runs = []
+        for seed in range(6):
+            good = {"none": rate == "a", "fickle": (rate == "b") == (seed % 2 == 0)}
+            runs += [run_of(method, seed, [0.2, 0.6 if good[method] else 0.4]) for method in good]
+        return runs
+
+    chosen, rates = compare.tuned({"a": at("a"), "b": at("b")}, ["none", "fickle"])
+    assert rates == {"none": ["a", "a"], "fickle": ["a", "b"]} and len(chosen) == 12
+    last = {(run["method"], run["seed"]): run["points"][-1]["accuracy"] for run in chosen}
+    assert {last["none", seed] for seed in range(6)} == {0.6} and {last["fickle", seed] for seed in range(6)} == {0.4}
+
+
+@pytest.mark.slow
+def test_several_learning_rates(tmp_path, capsys):
+    command = ["--methods", "none", "adaptive", "--seeds", "4", "--lrs", "1e-4", "1e-3", "--budget-rollouts", "300"]
+    flags = ["--", "--sharing", "none", "--eval-every", "2", "--prompts-per-step", "8", "--eval-prompts", "20"]
+    assert compare.main([*command, "--out", str(tmp_path), *flags]) == 0
+    assert json.loads((tmp_path / "lr-1e-3" / "adaptive-s2" / "config.json").read_text())["lr"] == 1e-3
+    result = json.loads((tmp_path / "tuned.json").read_text())
+    assert set(result["rates"]) == {"none", "adaptive"} and result["methods"]["adaptive"]["seeds"] == 4
+    assert {path.name for path in tmp_path.glob("*.png")} == {"lr-1e-4.png", "lr-1e-3.png", "tuned.png"}
+    assert "learning rate tuned" in capsys.readouterr().out

@@ -324,10 +324,12 @@ def main(argv: list[str]) -> int:
     usual = [name for name in RULES if name != "placebo"]
     parser.add_argument("--rules", nargs="+", choices=RULES, default=usual, metavar="RULE", help=", ".join(RULES))
     parser.add_argument("--seeds", type=int, default=16, help="matched seeds (16)")
+    parser.add_argument("--first-seed", type=int, default=0, help="the first of them; rules were chosen on 0 to 11 (0)")
     parser.add_argument("--map", nargs="?", type=Path, const=HERE / "out" / "map.png", metavar="FILE.png",
                         help="draw the map; its numbers go beside it (out/map.png)")  # fmt: skip
     args = vars(parser.parse_args(argv))
-    rules, seeds, path = args.pop("rules"), list(range(args.pop("seeds"))), args.pop("map")
+    rules, path, first = args.pop("rules"), args.pop("map"), args.pop("first_seed")
+    seeds = list(range(first, first + args.pop("seeds")))
     try:
         setting = Setting(**args)
         if len(seeds) < 2:

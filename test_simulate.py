@@ -139,11 +139,12 @@ def test_against_uniform_itself_is_nothing_and_a_faster_curve_is_fewer_rollouts(
 
 def test_replay_pays_at_a_small_step_per_visit_and_its_gain_goes_at_a_large_one():
     """The map's main finding, small: significant at the left end of it, and gone or turned over at the right."""
-    small = compare(Setting(visit=0.14, steps=200), ["prompt", "placebo"], list(range(6)))["rules"]
-    large = compare(Setting(visit=4.0, steps=400), ["prompt"], list(range(6)))["rules"]
+    small = compare(Setting(visit=0.14, steps=200), ["prompt", "adaptive", "placebo"], list(range(6)))["rules"]
+    large = compare(Setting(visit=4.0, steps=400), ["prompt", "adaptive"], list(range(6)))["rules"]
     assert small["prompt"]["late"]["mean"] < -0.25 and small["prompt"]["area"]["mean"] > 0.003
     assert abs(small["placebo"]["late"]["mean"]) < 0.1
     assert large["prompt"]["late"]["mean"] > -0.1
+    assert small["adaptive"]["late"]["mean"] < -0.25 and large["adaptive"]["late"]["mean"] < -0.05
     for cell in (small, large):  # whichever way it went
         assert cell["prompt"]["dead"] < 0.75 and cell["prompt"]["moved_replayed"] > cell["prompt"]["moved_fresh"]
 

@@ -13,8 +13,8 @@ A worked answer writes digit and carry of each column from the right, then the r
 
 What one prompt teaches about others decides whether replay pays (LOG.md), so it can be chosen, `--sharing`:
 
-    digits   200 digit facts, each in one prompt of four: almost every prompt teaches every other
-    columns  the same facts with an error rate of their own in each column: 800, in one prompt of sixteen
+    digits   200 digit facts, each in some thirty of the 2,000 prompts: what one teaches, many need
+    columns  the same facts with an error rate of their own in each column: 800, each in some eight prompts
     none     512 prompts to know by heart, 4071 =37: whatever is learnt on one is of no use to another
 """
 

@@ -24,7 +24,7 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
-from statistics import fmean, stdev
+from statistics import fmean
 
 from tqdm import tqdm
 
@@ -89,26 +89,7 @@ def cost_to_reach(run: dict, level: float, cost: str = "rollouts") -> float | No
     return None
 
 
-# ---------------------------------------------------------------- statistics
-
-
-def paired(values: list[float]) -> dict:
-    """Mean of paired differences with its 95 % interval and two-sided p value (Student's t)."""
-    n, mean = len(values), fmean(values)
-    if n < 2 or not (se := stdev(values) / math.sqrt(n)):
-        return {"n": n, "mean": mean, "low": mean, "high": mean, "p": 1.0 if mean == 0 or n < 2 else 0.0}
-    half = stats.t_quantile(n - 1) * se
-    p = 1 - stats.t_within(abs(mean) / se, n - 1)
-    return {"n": n, "mean": mean, "low": mean - half, "high": mean + half, "p": p}
-
-
-def holm(p_values: list[float]) -> list[float]:
-    """Holm's step-down correction: corrected p values in the order given."""
-    corrected, most = [0.0] * len(p_values), 0.0
-    for rank, i in enumerate(sorted(range(len(p_values)), key=lambda i: p_values[i])):
-        most = max(most, min(1.0, (len(p_values) - rank) * p_values[i]))
-        corrected[i] = most
-    return corrected
+# ---------------------------------------------------------------- tables
 
 
 def analyse(runs: list[dict], methods: list[str]) -> dict:
@@ -123,14 +104,13 @@ def analyse(runs: list[dict], methods: list[str]) -> dict:
         for cost, budget in budgets.items():
             entry["accuracy"][cost] = fmean(accuracy_at(arm[s], cost, budget) for s in seeds)
             if method != methods[0]:
-                entry["difference"][cost] = paired(
-                    [accuracy_at(arm[s], cost, budget) - accuracy_at(base[s], cost, budget) for s in seeds]
-                )
-                entry["area"][cost] = paired([area(arm[s], cost, budget) - area(base[s], cost, budget) for s in seeds])
+                for name, measure in (("difference", accuracy_at), ("area", area)):
+                    values = [measure(arm[s], cost, budget) - measure(base[s], cost, budget) for s in seeds]
+                    entry[name][cost] = stats.by_seed(values)
         for level in LEVELS:
             pairs = [(cost_to_reach(base[s], level), cost_to_reach(arm[s], level)) for s in seeds]
             logs = [math.log(b / a) for a, b in pairs if a and b]
-            entry["reach"][str(level)] = paired(logs) | {"both": len(logs)} if logs else {"both": 0}
+            entry["reach"][str(level)] = stats.by_seed(logs) | {"both": len(logs)} if logs else {"both": 0}
         entry["health"] = {
             name: fmean(arm[s]["health"][name] for s in seeds) for name in next(iter(arm.values()))["health"]
         }
@@ -138,7 +118,7 @@ def analyse(runs: list[dict], methods: list[str]) -> dict:
     for table in ("difference", "area"):
         for cost in COSTS:
             tests = [entry[table][cost] for entry in result["methods"].values() if cost in entry[table]]
-            for test, p in zip(tests, holm([test["p"] for test in tests]), strict=True):
+            for test, p in zip(tests, stats.holm([test["p"] for test in tests]), strict=True):
                 test["p_holm"] = p
     return result
 
@@ -261,13 +241,26 @@ def tuned(by_lr: dict[str, list[dict]], methods: list[str]) -> tuple[list[dict],
     return chosen, rates
 
 
-def write(out: Path, name: str, runs: list[dict], methods: list[str], command: str, **more) -> None:
-    """Prints the table; writes it, its numbers and the figure as `name`.md, .json and .png."""
+def overview(results: dict[str, dict], methods: list[str]) -> str:
+    """Markdown: accuracy of the baseline and differences to it at equal rollouts, a column for each learning rate."""
+    lines = ["| method | " + " | ".join(results) + " |", "|---" * (len(results) + 1) + "|"]
+    for i, method in enumerate(methods):
+        entries = [result["methods"][method] for result in results.values()]
+        cells = [
+            points_of(e["difference"]["rollouts"]) if i else f"{100 * e['accuracy']['rollouts']:.1f}" for e in entries
+        ]
+        lines.append(f"| {method} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def write(out: Path, name: str, runs: list[dict], methods: list[str], command: str, **more) -> dict:
+    """Prints the table; writes it, its numbers and the figure as `name`.md, .json and .png. Returns the numbers."""
     result = analyse(runs, methods) | more | {"command": command, "commit": commit()}
     (out / f"{name}.json").write_text(json.dumps(rounded(result), indent=1) + "\n")
     (out / f"{name}.md").write_text(table(result) + "\n")
     print(table(result))
     print(f"numbers: {out / f'{name}.json'}, figure: {plot.comparison(runs, methods, out / f'{name}.png')}\n")
+    return result
 
 
 def rounded(value):

@@ -124,37 +124,55 @@ def curves(folder: Path) -> Path:
     return path
 
 
-def comparison(runs: list[dict], methods: list[str], path: Path) -> Path:
-    """Held-out accuracy over rollouts, and over seconds: mean over seeds with its 95 % band (compare.py's runs)."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+def bands(axis, runs: list[dict], methods: list[str], cost: str) -> None:
+    """Held-out accuracy over `cost`: mean over seeds with its 95 % band (compare.py's runs)."""
     import numpy as np
 
     import stats
 
-    figure, axes = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained", sharey=True)
-    for axis, (cost, label) in zip(axes, (("rollouts", "rollouts"), ("seconds", "seconds in steps")), strict=True):
-        for i, method in enumerate(methods):
-            arm = [run["points"] for run in runs if run["method"] == method]
-            grid = np.linspace(0, min(points[-1][cost] for points in arm), 60)
-            curves = np.array(
-                [np.interp(grid, [p[cost] for p in points], [p["accuracy"] for p in points]) for points in arm]
-            )
-            mean, colour = curves.mean(0), GREY if i == 0 else f"C{i - 1}"
-            axis.plot(grid, mean, color=colour, linewidth=2 if i == 0 else 1.4, label=f"{method} (n={len(arm)})")
-            if len(arm) > 1:
-                half = stats.t_quantile(len(arm) - 1) * curves.std(0, ddof=1) / len(arm) ** 0.5
-                axis.fill_between(grid, mean - half, mean + half, color=colour, alpha=0.15, linewidth=0)
-        axis.set(xlabel=label, xlim=(0, None))
-        axis.spines[["top", "right"]].set_visible(False)
+    for i, method in enumerate(methods):
+        arm = [run["points"] for run in runs if run["method"] == method]
+        grid = np.linspace(0, min(points[-1][cost] for points in arm), 60)
+        curves = np.array(
+            [np.interp(grid, [p[cost] for p in points], [p["accuracy"] for p in points]) for points in arm]
+        )
+        mean, colour = curves.mean(0), GREY if i == 0 else f"C{i - 1}"
+        axis.plot(grid, mean, color=colour, linewidth=2 if i == 0 else 1.4, label=f"{method} (n={len(arm)})")
+        if len(arm) > 1:
+            half = stats.t_quantile(len(arm) - 1) * curves.std(0, ddof=1) / len(arm) ** 0.5
+            axis.fill_between(grid, mean - half, mean + half, color=colour, alpha=0.15, linewidth=0)
+    axis.set(xlim=(0, None))
+    axis.spines[["top", "right"]].set_visible(False)
+
+
+def panels(parts: list[tuple[str, str, list[dict]]], methods: list[str], path: Path) -> Path:
+    """One panel for each (title, cost, runs), side by side."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, len(parts), figsize=(0.5 + 5 * len(parts), 4.2), layout="constrained", sharey=True)
+    for axis, (title, cost, runs) in zip(axes, parts, strict=True):
+        bands(axis, runs, methods, cost)
+        axis.set(xlabel=cost if cost != "seconds" else "seconds in steps", title=title)
     axes[0].set(ylabel="held-out accuracy")
-    axes[0].legend(frameon=False, fontsize=8, loc="lower right")
+    axes[0].legend(frameon=False, fontsize=8)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
     plt.close(figure)
     return path
+
+
+def comparison(runs: list[dict], methods: list[str], path: Path) -> Path:
+    """Accuracy over rollouts, and over seconds."""
+    return panels([("", "rollouts", runs), ("", "seconds", runs)], methods, path)
+
+
+def learning_rates(by_lr: dict[str, list[dict]], methods: list[str], path: Path) -> Path:
+    """Accuracy over rollouts at each learning rate, and at the one tuned for each method."""
+    titles = [lr if lr == "tuned" else f"learning rate {lr}" for lr in by_lr]
+    return panels([(t, "rollouts", runs) for t, runs in zip(titles, by_lr.values(), strict=True)], methods, path)
 
 
 def regimes(cells: list[dict], path: Path) -> Path:

@@ -217,3 +217,25 @@ def compare(a: dict, b: dict, paths: list[str]) -> str:
         "\nneeded: problems of this kind with which such a difference is seen (p < 0.05) in 80 % of comparisons"
         "\nseen: the smallest difference that these problems show as often; p: of each row for itself"
     )
+
+
+# ---------------------------------------------------------------- matched seeds
+
+
+def by_seed(values: list[float]) -> dict:
+    """Mean of paired differences with its 95 % interval and two-sided p value (Student's t)."""
+    n, mean = len(values), fmean(values)
+    if n < 2 or not (se := stdev(values) / math.sqrt(n)):
+        return {"n": n, "mean": mean, "low": mean, "high": mean, "p": 1.0 if mean == 0 or n < 2 else 0.0}
+    half = t_quantile(n - 1) * se
+    p = 1 - t_within(abs(mean) / se, n - 1)
+    return {"n": n, "mean": mean, "low": mean - half, "high": mean + half, "p": p}
+
+
+def holm(p_values: list[float]) -> list[float]:
+    """Holm's step-down correction: corrected p values in the order given."""
+    corrected, most = [0.0] * len(p_values), 0.0
+    for rank, i in enumerate(sorted(range(len(p_values)), key=lambda i: p_values[i])):
+        most = max(most, min(1.0, (len(p_values) - rank) * p_values[i]))
+        corrected[i] = most
+    return corrected

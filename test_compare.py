@@ -7,6 +7,7 @@ import pytest
 
 import compare
 import plot
+import stats
 
 
 def run_of(method: str, seed: int, accuracies: list[float], rollouts: int = 100) -> dict:
@@ -34,15 +35,15 @@ def test_cost_to_reach_a_level_is_between_evaluations_or_none():
 
 
 def test_paired_differences_have_students_interval():
-    test = compare.paired([1.0, 2.0, 3.0])
+    test = stats.by_seed([1.0, 2.0, 3.0])
     assert test["mean"] == 2 and test["high"] - 2 == pytest.approx(4.303 / math.sqrt(3), rel=1e-3)
     assert test["p"] == pytest.approx(0.0742, abs=2e-4)
-    assert compare.paired([0.0, 0.0])["p"] == 1 and compare.paired([1.0])["p"] == 1
+    assert stats.by_seed([0.0, 0.0])["p"] == 1 and stats.by_seed([1.0])["p"] == 1
 
 
 def test_holm_is_stepwise_and_monotone():
-    assert compare.holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
-    assert compare.holm([0.5, 0.9]) == pytest.approx([1.0, 1.0]) and compare.holm([]) == []
+    assert stats.holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
+    assert stats.holm([0.5, 0.9]) == pytest.approx([1.0, 1.0]) and stats.holm([]) == []
 
 
 def test_a_better_method_is_found_and_an_equal_one_is_not():
@@ -117,5 +118,5 @@ def test_several_learning_rates(tmp_path, capsys):
     assert json.loads((tmp_path / "lr-1e-3" / "adaptive-s2" / "config.json").read_text())["lr"] == 1e-3
     result = json.loads((tmp_path / "tuned.json").read_text())
     assert set(result["rates"]) == {"none", "adaptive"} and result["methods"]["adaptive"]["seeds"] == 4
-    assert {path.name for path in tmp_path.glob("*.png")} == {"lr-1e-4.png", "lr-1e-3.png", "tuned.png"}
+    assert {path.name for path in tmp_path.glob("*.png")} == {"lr-1e-4.png", "lr-1e-3.png", "tuned.png", "overview.png"}
     assert "learning rate tuned" in capsys.readouterr().out

@@ -21,7 +21,6 @@ import multiprocessing
 import multiprocessing.connection
 import os
 import shlex
-import subprocess
 import sys
 from pathlib import Path
 from statistics import fmean
@@ -255,24 +254,12 @@ def overview(results: dict[str, dict], methods: list[str]) -> str:
 
 def write(out: Path, name: str, runs: list[dict], methods: list[str], command: str, **more) -> dict:
     """Prints the table; writes it, its numbers and the figure as `name`.md, .json and .png. Returns the numbers."""
-    result = analyse(runs, methods) | more | {"command": command, "commit": commit()}
-    (out / f"{name}.json").write_text(json.dumps(rounded(result), indent=1) + "\n")
+    result = analyse(runs, methods) | more | {"command": command, "commit": stats.commit()}
+    (out / f"{name}.json").write_text(json.dumps(stats.rounded(result), indent=1) + "\n")
     (out / f"{name}.md").write_text(table(result) + "\n")
     print(table(result))
     print(f"numbers: {out / f'{name}.json'}, figure: {plot.comparison(runs, methods, out / f'{name}.png')}\n")
     return result
-
-
-def rounded(value):
-    if isinstance(value, dict):
-        return {key: rounded(v) for key, v in value.items()}
-    return float(f"{value:.4g}") if isinstance(value, float) else value
-
-
-def commit() -> str:
-    """Of this code, for the results file; empty outside of a git checkout."""
-    done = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=HERE, capture_output=True, text=True)
-    return done.stdout.strip()
 
 
 def run_or_read(args, arms: dict[str, list[str]], extra: list[str], out: Path) -> dict[str, list[dict]]:

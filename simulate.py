@@ -24,6 +24,7 @@ import dataclasses
 import itertools
 import json
 import math
+import shlex
 import sys
 from dataclasses import dataclass
 from functools import partial
@@ -32,6 +33,7 @@ from pathlib import Path
 import numpy as np
 
 import plot
+import stats
 from adaptive import Adaptive
 from replay import GRESO, Prioritized, PromptReplay, Uniform
 
@@ -291,7 +293,7 @@ def table(result: dict) -> str:
     return "\n".join(lines)
 
 
-def draw_map(setting: Setting, rules: list[str], seeds: list[int], path: Path, grid=None) -> Path:
+def draw_map(setting: Setting, rules: list[str], seeds: list[int], path: Path, grid=None, command: str = "") -> Path:
     """Rules over (step per visit x sharing), without and with interference; numbers beside the figure, in a .json."""
     visits, sharings, interferences = grid or (VISITS, SHARINGS, INTERFERENCES)
     cells = []
@@ -300,15 +302,10 @@ def draw_map(setting: Setting, rules: list[str], seeds: list[int], path: Path, g
         cells.append(compare(cell, rules, seeds))
         print(f"{len(cells)}: visit {visit}, sharing {sharing}, interference {interference}", file=sys.stderr)
     path.parent.mkdir(parents=True, exist_ok=True)
-    text = ",\n".join(json.dumps(rounded(cell)) for cell in cells)
-    path.with_suffix(".json").write_text(f"[\n{text}\n]\n")
+    head = json.dumps({"command": command, "commit": stats.commit()})[1:-1]
+    text = ",\n".join(json.dumps(stats.rounded(cell)) for cell in cells)
+    path.with_suffix(".json").write_text(f'{{{head}, "cells": [\n{text}\n]}}\n')
     return plot.regimes(cells, path)
-
-
-def rounded(value):
-    if isinstance(value, dict):
-        return {key: rounded(v) for key, v in value.items()}
-    return (None if math.isnan(value) else float(f"{value:.4g}")) if isinstance(value, float) else value
 
 
 def main(argv: list[str]) -> int:
@@ -334,7 +331,8 @@ def main(argv: list[str]) -> int:
         setting = Setting(**args)
         if len(seeds) < 2:
             raise ValueError(f"--seeds must be at least 2, for a standard error, got {len(seeds)}")
-        print(draw_map(setting, rules, seeds, path) if path else table(compare(setting, rules, seeds)))
+        command = "python simulate.py " + shlex.join(argv)
+        print(draw_map(setting, rules, seeds, path, command=command) if path else table(compare(setting, rules, seeds)))
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -11,8 +11,10 @@ models are compared problem by problem.
 
 import json
 import math
+import subprocess
 from collections import Counter
 from functools import cache
+from pathlib import Path
 from statistics import fmean, stdev
 
 POWER = 1.96 + 0.84  # standard errors that a difference must have to be seen (p < 0.05) with a chance of 80 %
@@ -239,3 +241,24 @@ def holm(p_values: list[float]) -> list[float]:
         most = max(most, min(1.0, (len(p_values) - rank) * p_values[i]))
         corrected[i] = most
     return corrected
+
+
+# ---------------------------------------------------------------- results files
+
+
+def rounded(value):
+    """Four digits are enough for a file; NaN, which JSON does not know, is None."""
+    if isinstance(value, dict):
+        return {key: rounded(v) for key, v in value.items()}
+    return (None if math.isnan(value) else float(f"{value:.4g}")) if isinstance(value, float) else value
+
+
+def commit() -> str:
+    """Of this code; empty outside of a git checkout."""
+    try:
+        done = subprocess.run(
+            ["git", "rev-parse", "--short", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True
+        )
+    except FileNotFoundError:  # no git
+        return ""
+    return done.stdout.strip()

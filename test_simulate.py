@@ -177,7 +177,7 @@ def test_the_map_is_a_figure_and_its_numbers(tmp_path, capsys):
     setting = Setting(prompts=40, prompts_per_step=4, steps=20)
     path = simulate.draw_map(setting, rules, seeds, tmp_path / "new" / "map.png", ((0.2, 2.0), (0.0, 0.5), (0.0, 0.5)))
     assert path.stat().st_size > 10_000
-    cells = json.loads(path.with_suffix(".json").read_text())
+    cells = json.loads(path.with_suffix(".json").read_text())["cells"]
     assert len(cells) == 8 and list(cells[0]["rules"]) == rules
     assert {(c["setting"]["visit"], c["setting"]["sharing"], c["setting"]["interference"]) for c in cells} == {
         (v, s, i) for v in (0.2, 2.0) for s in (0.0, 0.5) for i in (0.0, 0.5)

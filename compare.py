@@ -271,10 +271,10 @@ def run_or_read(args, arms: dict[str, list[str]], extra: list[str], out: Path) -
     if args.seeds < 4 and args.lrs:
         raise ValueError(f"--lrs chooses on half of the seeds and judges on the other: at least 4, got {args.seeds}")
     base = ["--steps", "1000000", "--max-rollouts", str(args.budget_rollouts), "--save-every", "100", *extra]
-    folders, jobs = {}, []
+    folders, jobs, seeds = {}, [], range(args.first_seed, args.first_seed + args.seeds)
     for lr in args.lrs or [""]:
         rate, place = (["--lr", lr], out / f"lr-{lr}") if lr else ([], out)
-        folders[lr] = {(m, s): place / f"{m}-s{s}" for s in range(args.seeds) for m in arms}
+        folders[lr] = {(m, s): place / f"{m}-s{s}" for s in seeds for m in arms}
         jobs += [(f, [*base, *rate, *arms[m], "--seed", str(s)]) for (m, s), f in folders[lr].items()]
     run_all(jobs, args.jobs)
     return {lr: [read_run(f) | {"method": m} for (m, _), f in some.items()] for lr, some in folders.items()}
@@ -290,7 +290,8 @@ def main(argv: list[str]) -> int:
     parser.add_argument(
         "--lrs", nargs="+", default=[], help="learning rates: a table for each, and one tuned per method"
     )
-    parser.add_argument("--seeds", type=int, default=12, help="matched seeds, 0 up (%(default)s)")
+    parser.add_argument("--seeds", type=int, default=12, help="matched seeds (%(default)s)")
+    parser.add_argument("--first-seed", type=int, default=0, help="the first of them (%(default)s)")
     parser.add_argument("--budget-rollouts", type=int, default=40_000, help="answers a run may generate (%(default)s)")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs side by side (%(default)s)")
     parser.add_argument("--out", default=str(HERE / "out" / "compare"), help="folder of runs and results (%(default)s)")

@@ -35,7 +35,7 @@ class Adaptive(Saved):
 
     STATE = ("epochs", "level", "last", "back", "returns", "fresh")
 
-    def __init__(self, num_prompts: int, seed: int = 0, share: float = 0.5, cooldown: int = 5):
+    def __init__(self, num_prompts: int, seed: int = 0, share: float = 0.5, cooldown: int = 10):
         if not 0 <= share <= 1 or cooldown < 0:
             raise ValueError(f"need share in [0, 1] and cooldown >= 0, got {share} and {cooldown}")
         self.share, self.cooldown = share, cooldown

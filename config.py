@@ -19,7 +19,7 @@ METHODS = {
     "adaptive": (
         "prompts",
         "our own rule (adaptive.py): prompts of pass rates that lately beat the next of the epoch",
-        {"share": 0.5, "cooldown": 5},
+        {"share": 0.5, "cooldown": 10},
     ),
     "greso": ("prompts", "GRESO (2506.02177), a baseline: pass over prompts that were dead lately", {}),
     "dapo": ("fill", "DAPO (2503.14476), a baseline: generate again until the batch is full", {"clip_high": 0.28}),

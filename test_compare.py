@@ -66,6 +66,14 @@ def test_a_better_method_is_found_and_an_equal_one_is_not():
     assert "| better | 6 |" in text and "*" in text and "+100%" in text
 
 
+def test_a_torn_run_is_one_line(tmp_path, capsys):
+    rows = [{"step": step, "rollouts": 8 * step} for step in (1, 2, 2, 3)]  # two processes wrote it
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "config.json").write_text('{"replay": "none", "seed": 0}')
+    assert compare.main([str(tmp_path), "--out", str(tmp_path / "out")]) == 2
+    assert "has not every step once; remove the folder" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("flags", ["", "--methods none out/run", "/nowhere", "--methods none nonsense --seeds 1"])
 def test_bad_input_is_one_line(flags, capsys, tmp_path):
     assert compare.main([*flags.split(), "--out", str(tmp_path)]) == 2

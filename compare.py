@@ -308,15 +308,17 @@ def main(argv: list[str]) -> int:
         names = sorted({run["method"] for run in by_lr.get("", [])}, key=lambda method: (method != "none", method))
         methods = list(arms) or names
         out.mkdir(parents=True, exist_ok=True)
+        results = {}
         for lr, runs in by_lr.items():
             print(f"learning rate {lr} for all\n" if lr else "")
-            write(out, f"lr-{lr}" if lr else "results", runs, methods, command)
-        if len(by_lr) > 1:
-            runs, rates = tuned(by_lr, methods)
-            print(
-                "learning rate tuned for each method (for even and for odd seeds, on the others): " + str(rates) + "\n"
-            )
-            write(out, "tuned", runs, methods, command, rates=rates)
+            results[f"lr {lr}"] = write(out, f"lr-{lr}" if lr else "results", runs, methods, command)
+        if len(args.lrs) > 1:
+            by_lr["tuned"], rates = tuned(by_lr, methods)
+            print(f"learning rate tuned for each method (for even and for odd seeds, on the others): {rates}\n")
+            results["tuned"] = write(out, "tuned", by_lr["tuned"], methods, command, rates=rates)
+            (out / "overview.md").write_text(overview(results, methods) + "\n")
+            print(overview(results, methods))
+            print(f"figure: {plot.learning_rates(by_lr, methods, out / 'overview.png')}")
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

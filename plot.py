@@ -136,7 +136,7 @@ def bands(axis, runs: list[dict], methods: list[str], cost: str) -> None:
         curves = np.array(
             [np.interp(grid, [p[cost] for p in points], [p["accuracy"] for p in points]) for points in arm]
         )
-        mean, colour = curves.mean(0), GREY if i == 0 else f"C{i - 1}"
+        mean, colour = curves.mean(0), "#222222" if i == 0 else f"C{i - 1}"
         axis.plot(grid, mean, color=colour, linewidth=2 if i == 0 else 1.4, label=f"{method} (n={len(arm)})")
         if len(arm) > 1:
             half = stats.t_quantile(len(arm) - 1) * curves.std(0, ddof=1) / len(arm) ** 0.5

@@ -77,7 +77,7 @@ class Config:
     tensorboard: bool = False  # mirror metrics and samples in tensorboard/ of the run's folder
     profile: bool = False  # write trace.json of steps 3 and 4, to open in Perfetto
     # ---- replay
-    replay: str = "none"  # prompt, prioritized, adaptive, greso; dapo, group; rollout; several with +
+    replay: str = "none"  # prompt, prioritized, adaptive, greso; dapo, group; rollout; some with +; alone: prompt
     band: tuple[float, float] = (0.25, 0.75)  # prompt: pass rates that may come back, ends included
     share: float = 0.75  # prompt, adaptive: largest share of a batch that may be replayed
     cooldown: int = 10  # prompt, adaptive: least steps between two uses of a prompt

@@ -242,15 +242,16 @@ def random_prompts() -> list:
     import data
 
     generator = torch.Generator().manual_seed(0)
-    return [data.Prompt(i, "", "", tuple(torch.randint(900, (24,), generator=generator).tolist())) for i in range(64)]
+    ids = torch.randint(900, (PROMPTS, 24), generator=generator).tolist()
+    return [data.Prompt(i, "", "", tuple(row)) for i, row in enumerate(ids)]
 
 
 def contender_engines_ours() -> dict[str, float]:
     import rollout
 
     torch.set_num_threads(1)
-    engine = rollout.TransformersEngine(make_model(SMALL), [1001], 48, batch_size=1024)
-    return {"tokens_per_s": 64 * 16 * 48 / seconds(lambda: engine.generate(random_prompts(), 16, seed=0, step=0))}
+    engine, prompts = rollout.TransformersEngine(make_model(SMALL), [1001], 48, batch_size=1024), random_prompts()
+    return {"tokens_per_s": 64 * 16 * 48 / seconds(lambda: engine.generate(prompts, 16, seed=0, step=0))}
 
 
 def contender_engines_generate() -> dict[str, float]:
@@ -283,10 +284,9 @@ def on_vllm(work) -> dict[str, float]:
 
 def contender_vllm_ours() -> dict[str, float]:
     def work(engine, _):
-        return {
-            "tokens_per_s": PROMPTS * ANSWERS * TOKENS
-            / seconds(lambda: engine.generate(random_prompts()[:PROMPTS], ANSWERS, seed=0, step=0))
-        }  # fmt: skip
+        prompts = random_prompts()
+        taken = seconds(lambda: engine.generate(prompts, ANSWERS, seed=0, step=0))
+        return {"tokens_per_s": PROMPTS * ANSWERS * TOKENS / taken}
 
     return on_vllm(work)
 
@@ -298,7 +298,7 @@ def contender_vllm_bare() -> dict[str, float]:
         from vllm import SamplingParams
 
         params = SamplingParams(n=ANSWERS, max_tokens=TOKENS, ignore_eos=True, detokenize=False)
-        asked = [{"prompt_token_ids": list(prompt.ids)} for prompt in random_prompts()[:PROMPTS]]
+        asked = [{"prompt_token_ids": list(prompt.ids)} for prompt in random_prompts()]
         taken = seconds(lambda: engine.llm.generate(asked, params, use_tqdm=False))
         return {"tokens_per_s": PROMPTS * ANSWERS * TOKENS / taken}
 

@@ -173,8 +173,7 @@ class Uniform(Saved):
 class PromptReplay(Saved):
     """Prompt Replay (2603.21177): prompts whose latest pass rate is in `band` come back with fresh answers, nearest one
     half first, then the harder, the less reused, the smaller index; at most floor(share * n) a step, after `cooldown`
-    steps, `max_reuse` times. Everything else in a batch comes from the shuffled epochs, which replay does not advance.
-    """
+    steps, `max_reuse` times. All else in a batch comes from the shuffled epochs, which replay does not advance."""
 
     STATE = ("epochs", "correct", "total", "last", "uses")
 

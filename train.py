@@ -114,10 +114,8 @@ def make_sampler(name: str | None, n: int, cfg: Config):
     if name == "prompt":
         return PromptReplay(n, cfg.seed, cfg.band, cfg.share, cfg.cooldown, cfg.max_reuse)
     if name == "prioritized":
-        return Prioritized(
-            n, cfg.seed, cfg.smoothing, cfg.initial_priority, cfg.explore, cfg.retest_every, cfg.retest_solved,
-            cfg.tie_bias,
-        )  # fmt: skip
+        return Prioritized(n, cfg.seed, cfg.smoothing, cfg.initial_priority, cfg.explore, cfg.retest_every,
+                           cfg.retest_solved, cfg.tie_bias)  # fmt: skip
     if name == "adaptive":
         return Adaptive(n, cfg.seed, cfg.share, cfg.cooldown)
     return GRESO(n, cfg.seed, cfg.dead_target) if name == "greso" else Uniform(n, cfg.seed)
@@ -338,7 +336,7 @@ def main(argv: list[str]) -> int:
     try:
         return start(cfg, given)
     except torch.OutOfMemoryError:
-        kind, _ = plan.read(cfg.model or str(HERE / "out" / "tiny-model"))
+        kind, _ = plan.read(cfg.model or str(tiny.home(HERE / "out", cfg.sharing)))
         print(f"error: {plan.out_of_memory(cfg, kind)}", file=sys.stderr)
         return 2
     except (EngineAstray, reward.VerifierBroken) as error:

@@ -114,26 +114,40 @@ class Surplus(Saved):
 
 class GroupReplay(Saved):
     """POPO (2606.01281): the places of dead groups go to whole stored groups, most recent first; useful groups are
-    stored after that, so that none stands in for itself. First in, first out beyond `capacity` groups."""
+    stored after that, so that none stands in for itself. First in, first out beyond `capacity` groups.
+
+    The paper's ablations take them in another `order`: "oldest" first, or "kl", those first that the policy has moved
+    away from least, by drift(groups) -> one number a group (`grpo.drift`, a pass of the model over the whole store).
+    """
 
     STATE = ("stored", "rng")
 
-    def __init__(self, capacity: int, seed: int = 0):
+    def __init__(self, capacity: int, seed: int = 0, order: str = "recent", drift=None):
         if capacity < 1:
             raise ValueError(f"the group store needs room for at least 1 group, got {capacity}")
         self.stored = Store(maxlen=capacity)  # oldest first
         self.rng = np.random.default_rng([seed, 2])
+        self.order, self.drift = order, drift
         self.drawn: list[Group] = []
         self.replaced = 0.0  # share of the latest batch's places
 
     def complete(self, useful: list[Group], places: int, step: int) -> list[Group]:
-        self.drawn = list(self.stored)[::-1][: max(places - len(useful), 0)]
+        missing = max(places - len(useful), 0)
+        self.drawn = self.ranked()[:missing] if missing else []
         self.replaced = len(self.drawn) / places
         for group in self.drawn:
             group.uses += 1
         # groups of one step in random order, so that which are used again does not depend on their place in the batch
         self.stored.extend(useful[i] for i in self.rng.permutation(len(useful)))
         return useful + self.drawn
+
+    def ranked(self) -> list[Group]:
+        """All stored groups, those to use first in front."""
+        groups = list(self.stored)[:: 1 if self.order == "oldest" else -1]
+        if self.order == "kl" and groups:
+            drift = self.drift(groups)
+            groups = [groups[i] for i in sorted(range(len(groups)), key=drift.__getitem__)]
+        return groups
 
     def figures(self, step: int) -> dict:
         return {"stored_groups": len(self.stored), "replaced": self.replaced} | reuse_figures("group", self.drawn, step)
@@ -186,13 +200,13 @@ def reuse_figures(kind: str, drawn: list[Group], step: int) -> dict:
     }
 
 
-def make_stores(switches: dict[str, str], cfg) -> dict:
+def make_stores(switches: dict[str, str], cfg, drift=None) -> dict:
     """The stores that the batch passes through, in this order: fill dead places first, then add stored answers."""
     stores = {}
     if switches.get("fill") == "dapo":
         stores["dapo"] = Surplus()
     if switches.get("fill") == "group":
-        stores["group"] = GroupReplay(cfg.group_capacity or 2 * cfg.prompts_per_step, cfg.seed)
+        stores["group"] = GroupReplay(cfg.group_capacity or 2 * cfg.prompts_per_step, cfg.seed, cfg.group_order, drift)
     if switches.get("extra") == "rollout":
         stores["rollout"] = RolloutReplay(
             cfg.seed, cfg.replay_ratio, cfg.priority_exponent, cfg.max_age, cfg.replay_warmup, cfg.rollout_capacity

@@ -91,6 +91,7 @@ class Config:
     dead_target: float = 0.25  # greso: zero-variance share aimed at
     max_rounds: int = 10  # dapo: most generation rounds a step
     group_capacity: int = 0  # group: groups stored; 0: two steps' worth
+    group_order: Literal["recent", "oldest", "kl"] = "recent"  # group: which come first; kl: the policy's least drift
     replay_ratio: float = 0.5  # rollout: stored answers added, per fresh useful one
     priority_exponent: float = 0.5  # rollout: exponent of |advantage| when drawing
     max_age: int = 10  # rollout: most steps since birth

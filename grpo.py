@@ -25,6 +25,7 @@ import random
 import torch
 import torch.distributed as dist
 
+import ranks
 from logprobs import Scorer, Sequence, empty_microbatch, share_out
 
 
@@ -164,18 +165,33 @@ def over_ranks(values: list[float], op=dist.ReduceOp.SUM) -> list[float]:
 def plan_work(model: Scorer, sequences: list[Sequence], cfg, step: int) -> list[tuple]:
     """For each optimiser step: this rank's sequences, the weights of their tokens, and their micro-batches."""
     device = next(model.parameters()).device
-    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     work = []
     for part in split_minibatches(len(sequences), cfg.minibatches, f"{cfg.seed} {step}"):
         batch = [sequences[i] for i in part]
         lengths, counts = torch.tensor([[len(s.tokens) for s in batch], [s.count for s in batch]])
         weights = token_weights(lengths, cfg.normaliser, cfg.max_tokens, counts)  # over all ranks, before the split
-        mine = share_out(batch, rank, world)
+        mine = share_out(batch, ranks.rank(), ranks.world())
         rows = [batch[i] for i in mine]
         micros = model.pack(rows, cfg.tokens_per_microbatch)
         most = int(over_ranks([len(micros)], dist.ReduceOp.MAX)[0])  # sharded models: all ranks go through together
         work.append((rows, weights[mine].to(device), micros + [empty_microbatch(device)] * (most - len(micros))))
     return work * cfg.epochs
+
+
+@torch.no_grad()
+def drift(model: Scorer, groups: list[list[Sequence]], cfg) -> list[float]:
+    """How far the policy has moved from those that sampled each of `groups`: the mean over a group's tokens of k3, an
+    estimate of KL(mu || pi).  [len(groups)]"""
+    device, sequences = next(model.parameters()).device, [s for group in groups for s in group]
+    owner = torch.tensor([i for i, group in enumerate(groups) for _ in group], device=device)
+    totals = torch.zeros(len(groups), device=device)
+    with torch.autocast(device.type, torch.bfloat16, enabled=cfg.dtype == "bfloat16" and ranks.world() == 1):
+        for micro in model.pack(sequences, cfg.tokens_per_microbatch):
+            logprob, _ = model(micro, cfg.temperature)  # [N]
+            behaviour = torch.cat([sequences[i].behaviour for i in micro.sequences]).to(device)
+            totals.index_add_(0, owner[micro.sequences][micro.segment], k3(behaviour, logprob))
+    tokens = [sum(len(s.tokens) for s in group) for group in groups]
+    return [total / max(n, 1) for total, n in zip(totals.tolist(), tokens, strict=True)]
 
 
 def update(model, optimizer, sequences: list[Sequence], cfg, step: int, reference=None) -> dict[str, float]:
@@ -188,9 +204,8 @@ def update(model, optimizer, sequences: list[Sequence], cfg, step: int, referenc
     """
     model, reference = (m if m is None or isinstance(m, Scorer) else Scorer(m) for m in (model, reference))
     device = next(model.parameters()).device
-    world = dist.get_world_size() if dist.is_initialized() else 1
     # with several ranks FSDP's own mixed precision is in charge
-    autocast = torch.autocast(device.type, torch.bfloat16, enabled=cfg.dtype == "bfloat16" and world == 1)
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=cfg.dtype == "bfloat16" and ranks.world() == 1)
     work = plan_work(model, sequences, cfg, step)
     sums, grad_norm, old = dict.fromkeys(SUMS, 0.0), 0.0, {}
     model.train()
@@ -214,7 +229,7 @@ def update(model, optimizer, sequences: list[Sequence], cfg, step: int, referenc
                 penalty = (k3(logprob, anchor) * torch.exp(logprob - before) * weight).sum()
                 loss = loss + cfg.kl * penalty
                 sums["kl"] += penalty.item() / len(work)
-            (loss * world).backward()  # FSDP takes the mean over ranks, and the loss is a sum
+            (loss * ranks.world()).backward()  # FSDP takes the mean over ranks, and the loss is a sum
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip)
         grad_norm += (norm.full_tensor() if hasattr(norm, "full_tensor") else norm).item() / len(work)
         optimizer.step()

@@ -223,13 +223,15 @@ class VLLMEngine:
             parts, place = [None] * self.peers.size(), self.peers.rank()
             dist.all_gather_object(parts, prompts, self.peers)
         first, own, prompts = sum(map(len, parts[:place])), len(prompts), sum(parts, [])
-        # one request for each answer, because a seed belongs to a request; they share the prompt in the prefix cache
-        seeds = [request_seed(seed, step, prompt.index, i) for prompt in prompts for i in range(n)]
-        requests = [{"prompt_token_ids": list(prompt.ids)} for prompt in prompts for _ in range(n)]
+        asked = [{"prompt_token_ids": list(prompt.ids)} for prompt in prompts]
+        alike = temperature == 0  # one answer stands for all, and vLLM gives no more
         how = self.sampling | {"temperature": temperature, "max_tokens": limit or self.max_tokens}
-        params = [SamplingParams(seed=s, **how) for s in seeds]
+        # vLLM gives the i-th answer to a request the request's seed + i; they share its prompt in the prefix cache
+        seeds = [request_seed(seed, step, prompt.index, 0) for prompt in prompts]
+        params = [SamplingParams(n=1 if alike else n, seed=s, **how) for s in seeds]
         with trainer_untouched():
-            answers = [out.outputs[0] for out in self.llm.generate(requests, params, use_tqdm=False)]
+            requests = self.llm.generate(asked, params, use_tqdm=False)
+        answers = [answer for request in requests for answer in request.outputs * (n if alike else 1)]
         tokens = [torch.tensor(answer.token_ids, dtype=torch.int32) for answer in answers]
         logprobs = [torch.tensor(answer.logprobs.logprobs, dtype=torch.float32) for answer in answers]
         truncated = [answer.finish_reason != "stop" for answer in answers]

@@ -1077,6 +1077,24 @@ def test_loss_and_gradient_equal_those_of_trl(tmp_path, theirs, ours, corrected)
         assert sum(clipped) / len(clipped) == pytest.approx(share)
 
 
+def test_drift_is_the_mean_k3_from_each_groups_own_sampler():
+    model, sequences = small_model(), random_sequences(7, seed=3)
+    with torch.no_grad():
+        now = [naive_logprobs(model, s)[0] for s in sequences]
+    shifts = (0.0, 0.0, 0.4, -0.3, 0.1, 0.0, 1.0)  # log mu - log pi
+    for s, logprob, shift in zip(sequences, now, shifts, strict=True):
+        s.behaviour = logprob + shift
+    parts = [slice(0, 2), slice(2, 4), slice(4, 7)]
+    groups, expected = [sequences[part] for part in parts], []
+    for part in parts:
+        values = [math.exp(-d) - 1 + d for d, row in zip(shifts[part], now[part], strict=True) for _ in row]
+        expected.append(sum(values) / len(values))
+    for tokens in (20, 1000):  # however it is cut
+        found = grpo.drift(Scorer(model), groups, Config(dtype="float32", tokens_per_microbatch=tokens))
+        assert found == pytest.approx(expected, abs=1e-5)
+    assert abs(found[0]) < 1e-6 < min(found[1:])
+
+
 def test_models_that_would_get_wrong_log_probs_are_refused():
     from transformers import GraniteConfig, GraniteForCausalLM
 

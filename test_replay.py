@@ -1186,6 +1186,24 @@ def test_popo_05_not_in_the_step_of_its_birth_not_stored_again_and_ageing_on():
         assert len(store.stored) == 4
 
 
+def test_popo_ablations_oldest_first_and_least_drift_first():
+    store = GroupReplay(20, order="oldest")
+    run_store(store, [1, 2], 4, 4)
+    assert [one.birth for one in store.complete([group(0, birth=3)], 7, 3)] == [3, 1, 1, 1, 1, 2, 2]
+
+    asked = []
+
+    def drift(groups):
+        asked.append(len(groups))
+        return [abs(one.prompt - 2.2) for one in groups]
+
+    store = GroupReplay(20, order="kl", drift=drift)
+    run_store(store, [1], 4, 4)
+    assert not asked  # a pass of the model that nothing needs
+    assert [one.prompt for one in store.complete([group(9, birth=2)], 4, 2)] == [9, 2, 3, 1]
+    assert asked == [4]  # not the group of this step
+
+
 def test_popo_11_figures_for_the_log():
     store = GroupReplay(4)
     run_store(store, [1, 2], 2, 2)

@@ -24,7 +24,7 @@ TINY = str(train.HERE / "out" / "tiny-model")
 SMALL = ["--prompts-per-step", "6", "--answers-per-prompt", "4", "--eval-prompts", "20", "--eval-every", "4"]
 # constants small enough that every part of every method acts within a dozen steps
 QUICK = ["--cooldown", "2", "--replay-warmup", "2", "--retest-every", "3", "--max-rounds", "3", "--save-every", "5"]
-METHODS = ["none", *config.METHODS, "prompt+group+rollout", "prioritized+dapo+rollout"]
+METHODS = ["none", *config.METHODS, "prompt+group+rollout", "prioritized+dapo+rollout", "group --group-order kl"]
 NOT_COMPARED = ("seconds_", "peak_memory_mb")
 
 
@@ -129,7 +129,7 @@ def test_without_replay_prompts_come_in_the_same_order(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_runs_and_resumes_bit_for_bit(tmp_path, method):
-    flags = ["--replay", method, "--minibatches", "2" if method == "group" else "1"]
+    flags = ["--replay", *method.split(), "--minibatches", "2" if method == "group" else "1"]
     whole = run(tmp_path / "whole", *flags, "--steps", "12")
     run(tmp_path / "parts", *flags, "--steps", "7")
     with open(tmp_path / "parts" / "metrics.jsonl", "a") as file:

@@ -80,30 +80,24 @@ def prepare(cfg: Config) -> Run:
     model, tokenizer, stop_ids = load_model(path, cfg.gradient_checkpointing, cfg.attention)
     prompts, held_out = load_prompts(cfg, tokenizer)
     sampler = make_sampler(switches.get("prompts"), len(prompts), cfg)
-    stores = make_stores(switches, cfg)
     reference = Scorer(copy.deepcopy(model).requires_grad_(False)) if cfg.kl else None
     engine = make_engine(cfg.engine, model, path, stop_ids, cfg)
     scorer = Scorer(model)
+
+    def drift(groups: list[Group]) -> list[float]:
+        pairs = [(prompts[g.prompt].ids, zip(g.tokens, g.logprobs, strict=True)) for g in groups]
+        return grpo.drift(scorer, [[Sequence(ids, *answer, 0.0, 0) for answer in group] for ids, group in pairs], cfg)
+
+    stores = make_stores(switches, cfg, drift)
     for module in filter(None, (scorer, reference)):
         layers = [m for m in module.modules() if type(m).__name__ in (model._no_split_modules or ())]
         ranks.shard(module, layers, cfg.dtype == "bfloat16")
     run = Run(
-        cfg=cfg,
-        folder=folder,
-        model=scorer,
-        reference=reference,
-        tokenizer=tokenizer,
-        engine=engine,
-        optimizer=grpo.make_optimizer(scorer, cfg),
-        reward=reward_function,
-        prompts=prompts,
-        held_out=held_out,
-        digest=data.fingerprint((p.text, p.answer) for p in prompts),
-        sampler=sampler,
-        stores=stores,
-        gauge=log.Gauge(len(prompts)),
-        mirror=mirror,
-    )
+        cfg=cfg, folder=folder, model=scorer, reference=reference, tokenizer=tokenizer, engine=engine,
+        optimizer=grpo.make_optimizer(scorer, cfg), reward=reward_function, prompts=prompts, held_out=held_out,
+        digest=data.fingerprint((p.text, p.answer) for p in prompts), sampler=sampler, stores=stores,
+        gauge=log.Gauge(len(prompts)), mirror=mirror,
+    )  # fmt: skip
     if cfg.resume:
         checkpoint.resume(run)
         engine.sync(scorer)

@@ -118,13 +118,25 @@ class GroupReplay(Saved):
 
     The paper's ablations take them in another `order`: "oldest" first, or "kl", those first that the policy has moved
     away from least, by drift(groups) -> one number a group (`grpo.drift`, a pass of the model over the whole store).
+
+    Ours, in `--replay adaptive`, is `min_ess` above 0: a second use is right as long as the policy is nearly the one
+    that sampled, and each update tells whether it is, by the effective sample size of the replayed tokens' importance
+    weights as a share of their number. Where that falls below `min_ess` fewer places are filled, else more, up to
+    `max_fill` of them. Where steps are large, and a second use harms, replay all but ends by itself.
     """
 
-    STATE = ("stored", "rng")
+    STATE = ("stored", "rng", "fill")
 
-    def __init__(self, capacity: int, seed: int = 0, order: str = "recent", drift=None):
-        if capacity < 1:
-            raise ValueError(f"the group store needs room for at least 1 group, got {capacity}")
+    def __init__(
+        self, capacity: int, seed: int = 0, order: str = "recent", drift=None, min_ess: float = 0.0, max_fill=1.0
+    ):
+        if capacity < 1 or not 0 <= min_ess < 1 or not 0 <= max_fill <= 1:
+            raise ValueError(
+                "need room for at least 1 group, min_ess in [0, 1) and max_fill in [0, 1], "
+                f"got {capacity}, {min_ess} and {max_fill}"
+            )
+        self.min_ess, self.max_fill = min_ess, max_fill
+        self.fill = max_fill * (0.1 if min_ess else 1)  # share of the places of dead groups that are filled
         self.stored = Store(maxlen=capacity)  # oldest first
         self.rng = np.random.default_rng([seed, 2])
         self.order, self.drift = order, drift
@@ -132,14 +144,22 @@ class GroupReplay(Saved):
         self.replaced = 0.0  # share of the latest batch's places
 
     def complete(self, useful: list[Group], places: int, step: int) -> list[Group]:
-        missing = max(places - len(useful), 0)
-        self.drawn = self.ranked()[:missing] if missing else []
+        room = self.fill * max(places - len(useful), 0)
+        # fractions by lot: now and then a group even where few are wanted, to know how it does
+        count = int(room + self.rng.random()) if self.fill < 1 else int(room)
+        self.drawn = self.ranked()[:count] if count else []
         self.replaced = len(self.drawn) / places
         for group in self.drawn:
             group.uses += 1
         # groups of one step in random order, so that which are used again does not depend on their place in the batch
         self.stored.extend(useful[i] for i in self.rng.permutation(len(useful)))
         return useful + self.drawn
+
+    def adjust(self, ess: float | None) -> None:
+        """After each update, with the effective sample size of what was replayed; None where nothing was."""
+        if ess is not None and self.min_ess:
+            change = 1.2 if ess >= self.min_ess else 0.7
+            self.fill = min(max(self.fill * change, 0.02 * self.max_fill), self.max_fill)
 
     def ranked(self) -> list[Group]:
         """All stored groups, those to use first in front."""
@@ -156,7 +176,7 @@ class GroupReplay(Saved):
 class RolloutReplay(Saved):
     """Rollout-level replay (2606.04560): on top of all useful fresh answers, round(ratio * their number) single stored
     ones, drawn without replacement with probability proportional to (|A| + 1e-6)^exponent, at most `max_age` steps old;
-    none before step `warmup`. Tokens, log-probs and advantages stay as they were at birth."""
+    none in the first `warmup` steps. Tokens, log-probs and advantages stay as they were at birth."""
 
     STATE = ("stored", "rng")
 
@@ -173,7 +193,7 @@ class RolloutReplay(Saved):
         self.stored = Store((one for one in self.stored if step - one.birth <= self.max_age), self.stored.maxlen)
         # not trained on before: replayed groups (GroupReplay) may be among them, and their answers are here already
         fresh = [group.pick(i) for group in useful if not group.uses for i in range(len(group.tokens))]
-        count = min(round(self.ratio * len(fresh)), len(self.stored)) if step >= self.warmup else 0
+        count = min(round(self.ratio * len(fresh)), len(self.stored)) if step > self.warmup else 0
         self.drawn = []
         if count:
             size = torch.cat([one.advantages for one in self.stored]).abs().double().numpy()
@@ -205,8 +225,10 @@ def make_stores(switches: dict[str, str], cfg, drift=None) -> dict:
     stores = {}
     if switches.get("fill") == "dapo":
         stores["dapo"] = Surplus()
-    if switches.get("fill") == "group":
-        stores["group"] = GroupReplay(cfg.group_capacity or 2 * cfg.prompts_per_step, cfg.seed, cfg.group_order, drift)
+    if switches.get("fill") in ("group", "adaptive"):
+        stores["group"] = GroupReplay(
+            cfg.group_capacity or 2 * cfg.prompts_per_step, cfg.seed, cfg.group_order, drift, cfg.min_ess
+        )
     if switches.get("extra") == "rollout":
         stores["rollout"] = RolloutReplay(
             cfg.seed, cfg.replay_ratio, cfg.priority_exponent, cfg.max_age, cfg.replay_warmup, cfg.rollout_capacity

@@ -47,6 +47,16 @@ def choose_folder(cfg, parent: Path) -> Path:
     return next(f for f in folders if not f.exists())
 
 
+def claim(folder: Path, cfg) -> Path:
+    """Makes the folder; the next free one, if another run has taken it since it was chosen."""
+    while True:
+        try:
+            folder.mkdir(parents=True, exist_ok=bool(cfg.out or cfg.resume))
+            return folder
+        except FileExistsError:
+            folder = choose_folder(cfg, folder.parent)
+
+
 def save(run) -> None:
     """Written aside and renamed, so that a torn one is never picked up; then the older ones go."""
     final = run.folder / "checkpoints" / f"step-{run.step:08d}"
@@ -98,7 +108,7 @@ def resume(run) -> None:
             store.load_state_dict(state["stores"][name])
     except KeyError as error:
         raise ValueError(f"{path} was written by another version ({error}); start the run anew") from error
-    torch.set_rng_state(state["torch_rng"])  # dropout, where a model has it
+    torch.set_rng_state(state["torch_rng"])
     run.step, run.rollouts, run.tokens = state["step"], state["rollouts"], state["tokens"]
     if ranks.is_main():
         for name in ("metrics.jsonl", "samples.jsonl"):

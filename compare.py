@@ -10,8 +10,9 @@ Runs of one seed share initial model, prompt order, sampling noise of equal answ
 the baseline (of given folders: plain GRPO). Everything is read from the runs' config.json and metrics.jsonl; a finished
 run is not run again.
 
-Accuracy at a cost is the mean of the last three evaluations up to it. Differences are paired by seed, with Student's t
-intervals; p values are Holm-corrected over the methods of a table. Writes results.md, results.json and results.png.
+Accuracy at a cost is the mean over the last fifth of it, by straight lines between evaluations: the same stretch for
+all runs, however far apart their evaluations are. Differences are paired by seed, with Student's t intervals; p values
+are Holm-corrected over the methods of a table. Writes results.md, results.json and results.png.
 """
 
 import argparse
@@ -25,6 +26,7 @@ import sys
 from pathlib import Path
 from statistics import fmean
 
+import numpy as np
 from tqdm import tqdm
 
 import config
@@ -35,7 +37,7 @@ import tiny
 HERE = Path(__file__).parent
 COSTS = {"rollouts": "rollouts", "tokens": "sampled tokens", "optimizer_steps": "optimiser steps", "seconds": "seconds"}
 LEVELS = (0.4, 0.5, 0.6, 0.7)
-SMOOTH = 3
+WINDOW = 0.2  # share of a cost over whose end accuracy is averaged
 
 
 # ---------------------------------------------------------------- curves
@@ -59,35 +61,32 @@ def read_run(folder: Path) -> dict:
     points = [point for point in points if point["accuracy"] is not None]
     if len(points) < 2:
         raise ValueError(f"{folder} has no evaluations to compare; run it with --eval-every above 0")
-    return {"method": config["replay"], "seed": config["seed"], "points": points, "health": health}
+    who = {"method": config["replay"], "seed": config["seed"], "commit": config.get("commit", "")}
+    return who | {"points": points, "health": health}
 
 
-def smooth(points: list[dict]) -> list[float]:
-    values = [point["accuracy"] for point in points]
-    return [fmean(values[max(0, i - SMOOTH + 1) : i + 1]) for i in range(len(values))]
+def curve(run: dict, cost: str) -> tuple[list[float], list[float]]:
+    return [point[cost] for point in run["points"]], [point["accuracy"] for point in run["points"]]
 
 
 def accuracy_at(run: dict, cost: str, budget: float) -> float:
-    """Smoothed accuracy at the last evaluation that the budget pays for."""
-    return [a for a, p in zip(smooth(run["points"]), run["points"], strict=True) if p[cost] <= budget * (1 + 1e-9)][-1]
+    """Mean accuracy over the last fifth of `budget`."""
+    return float(np.interp(np.linspace((1 - WINDOW) * budget, budget, 201), *curve(run, cost)).mean())
 
 
 def area(run: dict, cost: str, budget: float) -> float:
     """Mean accuracy on the way to the budget."""
-    places = [budget * i / 100 for i in range(101)]
-    return fmean(accuracy_at(run, cost, place) for place in places)
+    return float(np.interp(np.linspace(0, budget, 501), *curve(run, cost)).mean())
 
 
 def cost_to_reach(run: dict, level: float, cost: str = "rollouts") -> float | None:
-    """Cost at which the smoothed accuracy first reaches `level`, between evaluations by a straight line."""
-    values, points = smooth(run["points"]), run["points"]
-    for i, value in enumerate(values):
-        if value >= level:
-            if i == 0:
-                return points[0][cost]
-            part = (level - values[i - 1]) / (value - values[i - 1])
-            return points[i - 1][cost] + part * (points[i][cost] - points[i - 1][cost])
-    return None
+    """The least cost at which `accuracy_at` reaches `level`."""
+    costs = np.linspace(0, run["points"][-1][cost], 501)
+    means = np.interp(np.outer(costs, np.linspace(1 - WINDOW, 1, 41)), *curve(run, cost)).mean(1)
+    first = int(np.argmax(means >= level))
+    if first == 0:
+        return 0.0 if means[0] >= level else None
+    return float(np.interp(level, means[first - 1 : first + 1], costs[first - 1 : first + 1]))
 
 
 # ---------------------------------------------------------------- tables
@@ -96,9 +95,15 @@ def cost_to_reach(run: dict, level: float, cost: str = "rollouts") -> float | No
 def analyse(runs: list[dict], methods: list[str]) -> dict:
     """Every figure of the table. `runs` of `methods`, the first of which is the baseline, paired by seed."""
     by = {method: {run["seed"]: run for run in runs if run["method"] == method} for method in methods}
+    if len(runs) > sum(map(len, by.values())):
+        raise ValueError("two of the runs have the same method and seed; give one of each, at the same other settings")
     base, result = by[methods[0]], {"baseline": methods[0], "methods": {}}
     for method, arm in by.items():
         seeds = sorted(base.keys() & arm.keys())
+        if not seeds:
+            raise ValueError(
+                f"no run of {method} has a seed in common with those of {methods[0]}; runs are paired by it"
+            )
         # what all runs of the pair spent: one method's few optimiser steps do not cut the others' comparison short
         budgets = {cost: min(run[s]["points"][-1][cost] for run in (arm, base) for s in seeds) for cost in COSTS}
         entry = {"seeds": len(seeds), "budgets": budgets, "accuracy": {}, "difference": {}, "area": {}, "reach": {}}
@@ -126,6 +131,8 @@ def analyse(runs: list[dict], methods: list[str]) -> dict:
 
 def points_of(test: dict) -> str:
     """A difference in points of per cent with interval; a star where Holm's p is below 0.05."""
+    if test["n"] < 2:
+        return f"{100 * test['mean']:+.1f} (one seed)"
     star = "*" if test.get("p_holm", 1) < 0.05 else ""
     return f"{100 * test['mean']:+.1f} ({100 * test['low']:+.1f} to {100 * test['high']:+.1f}){star}"
 
@@ -175,12 +182,21 @@ def table(result: dict) -> str:
 # ---------------------------------------------------------------- running
 
 
-def finished(folder: Path) -> bool:
-    return (folder / "curves.png").exists()
+def finished(folder: Path, flags: list[str]) -> bool:
+    """ValueError if what is finished there is another run than `flags` ask for."""
+    if not (folder / "curves.png").exists():
+        return False
+    cfg, given = config.parse(flags, "")
+    asked, there = (json.loads(text) for text in (json.dumps(vars(cfg)), (folder / "config.json").read_text()))
+    changed = [f"--{k.replace('_', '-')} {there.get(k)}, not {asked[k]}" for k in given if there.get(k) != asked[k]]
+    if changed:
+        raise ValueError(f"{folder} holds a run with {'; '.join(changed)}; give another --out, or remove that folder")
+    return True
 
 
 def one_run(folder: Path, flags: list[str]) -> None:
     """In a process of its own, with its console in log.txt."""
+    os.setsid()  # Ctrl-C is for the parent, which ends its runs once; twice would be at once, with nothing saved
     with open(folder / "log.txt", "w") as log:
         os.dup2(log.fileno(), 1)
         os.dup2(log.fileno(), 2)
@@ -191,8 +207,9 @@ def one_run(folder: Path, flags: list[str]) -> None:
 
 def run_all(jobs: list[tuple[Path, list[str]]], at_once: int) -> None:
     """Trains what is not there yet, `at_once` side by side, one thread each. A failure ends the comparison."""
-    waiting, running = [job for job in jobs if not finished(job[0])], {}
+    waiting, running = [job for job in jobs if not finished(*job)], {}
     for cfg in [config.parse(flags, "")[0] for _, flags in waiting]:
+        config.validate(cfg)
         if not cfg.model:  # once, before two runs begin to make it
             tiny.make(tiny.home(HERE / "out", cfg.sharing), sharing=cfg.sharing)
     os.environ |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(HERE), os.environ.get("PYTHONPATH", "")])}
@@ -258,7 +275,8 @@ def overview(results: dict[str, dict], methods: list[str]) -> str:
 
 def write(out: Path, name: str, runs: list[dict], methods: list[str], command: str, **more) -> dict:
     """Prints the table; writes it, its numbers and the figure as `name`.md, .json and .png. Returns the numbers."""
-    result = analyse(runs, methods) | more | {"command": command, "commit": stats.commit()}
+    made = sorted({run["commit"] for run in runs})
+    result = analyse(runs, methods) | more | {"command": command, "commit": stats.commit(), "commits_of_runs": made}
     (out / f"{name}.json").write_text(json.dumps(stats.rounded(result), indent=1) + "\n")
     (out / f"{name}.md").write_text(table(result) + "\n")
     print(table(result))
@@ -291,9 +309,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("runs", nargs="*", help="folders of runs to compare; without them --methods are run")
     parser.add_argument("--methods", nargs="+", default=[], help="values of --replay; the first is the baseline")
     parser.add_argument("--arms", nargs="+", default=[], help="further methods as 'NAME: flags of train.py'")
-    parser.add_argument(
-        "--lrs", nargs="+", default=[], help="learning rates: a table for each, and one tuned per method"
-    )
+    parser.add_argument("--lrs", nargs="+", default=[], help="learning rates: a table for each, and one of the best")
     parser.add_argument("--seeds", type=int, default=12, help="matched seeds (%(default)s)")
     parser.add_argument("--first-seed", type=int, default=0, help="the first of them (%(default)s)")
     parser.add_argument("--budget-rollouts", type=int, default=40_000, help="answers a run may generate (%(default)s)")

@@ -12,17 +12,26 @@ import sys
 from dataclasses import dataclass
 from typing import Literal, get_args, get_origin
 
-# name -> (the switch it sets, what it is, what its paper's objective differs in from our defaults)
+# name -> (the switches it sets, what it is, what its paper's objective differs in from our defaults)
 METHODS = {
-    "prompt": ("prompts", "Prompt Replay (2603.21177): prompts of medium pass rate come back, with fresh answers", {}),
+    "prompt": (
+        "prompts",
+        "Prompt Replay (2603.21177): prompts of medium pass rate come back, with fresh answers",
+        {"mask_truncated": True},
+    ),
     "prioritized": ("prompts", "Prioritized Replay (2601.02648): prompts by p(1-p), with retests", {"clip_high": 0.2}),
     "adaptive": (
-        "prompts",
-        "our own rule (adaptive.py): prompts of pass rates that lately beat the next of the epoch",
-        {"share": 0.5, "cooldown": 10},
+        "prompts fill",
+        "our own rule: prompts of pass rates that lately beat the next of the epoch (adaptive.py), and as many recent "
+        "groups for dead ones as are still nearly on-policy (buffer.py)",
+        {"share": 0.5, "cooldown": 10, "min_ess": 0.99},
     ),
     "greso": ("prompts", "GRESO (2506.02177), a baseline: pass over prompts that were dead lately", {}),
-    "dapo": ("fill", "DAPO (2503.14476), a baseline: generate again until the batch is full", {"clip_high": 0.28}),
+    "dapo": (
+        "fill",
+        "DAPO (2503.14476), a baseline: generate again until the batch is full",
+        {"clip_high": 0.28, "advantage": "std"},
+    ),
     "group": (
         "fill",
         "POPO (2606.01281): recent useful groups stand in for dead ones",
@@ -92,10 +101,12 @@ class Config:
     max_rounds: int = 10  # dapo: most generation rounds a step
     group_capacity: int = 0  # group: groups stored; 0: two steps' worth
     group_order: Literal["recent", "oldest", "kl"] = "recent"  # group: which come first; kl: the policy's least drift
+    max_fill: float = 1.0  # group, adaptive: largest share of the dead groups' places that stored ones get
+    min_ess: float = 0.0  # group, adaptive: effective sample size that replay must keep; 0: no matter
     replay_ratio: float = 0.5  # rollout: stored answers added, per fresh useful one
     priority_exponent: float = 0.5  # rollout: exponent of |advantage| when drawing
     max_age: int = 10  # rollout: most steps since birth
-    replay_warmup: int = 20  # rollout: first step with replay
+    replay_warmup: int = 20  # rollout: first steps, without replay
     rollout_capacity: int = 30_000  # rollout: answers stored
     # ---- rollouts
     engine: Literal["auto", "vllm", "transformers"] = "auto"  # what generates; auto: vLLM on a GPU that has it
@@ -175,8 +186,9 @@ def parse(argv: list[str], description: str) -> tuple[Config, list[str]]:
     parser.error = fail  # argparse would print a page of usage first
     given = vars(parser.parse_args(argv))
     settings = {"data": "polaris"} if given.get("model") else dict(EMBEDDED)
-    for name in given.get("replay", "none").split("+"):
-        settings |= METHODS[name][2] if name in METHODS else {}
+    names = given.get("replay", "none").split("+")
+    for name in METHODS:  # in their order, whatever the order they are named in
+        settings |= METHODS[name][2] if name in names else {}
     cfg = Config(**settings | given)
     cfg.band, cfg.difficulty = tuple(cfg.band), tuple(cfg.difficulty)
     return cfg, sorted(given)
@@ -188,10 +200,10 @@ def validate(cfg: Config) -> dict[str, str]:
     for name in [] if cfg.replay == "none" else cfg.replay.split("+"):
         if name not in METHODS:
             raise ValueError(f"--replay {name} is not known; choose from {', '.join(METHODS)} or join some with +")
-        switch = METHODS[name][0]
-        if switch in switches:
-            raise ValueError(f"--replay {switches[switch]} and {name} both decide the same thing; choose one of them")
-        switches[switch] = name
+        for switch in METHODS[name][0].split():
+            if switch in switches:
+                raise ValueError(f"--replay {switches[switch]} and {name} decide the same thing; choose one of them")
+            switches[switch] = name
     for name, least in {
         "answers_per_prompt": 2, "prompts_per_step": 1, "steps": 1, "save_every": 1, "eval_every": 0, "max_tokens": 1,
         "minibatches": 1, "epochs": 1, "max_rollouts": 0, "max_prompts": 0, "max_rounds": 1,

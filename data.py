@@ -1,7 +1,6 @@
 r"""Training prompts: known maths sets, any other of Hugging Face, local files, and the embedded arithmetic task.
 
-A prompt is text (or chat messages), its token ids as the model will see them, and a gold answer. Tokens are made
-once, here; from here on nothing is ever re-tokenised.
+A prompt is text (or chat messages), its token ids as the model will see them, made once, here, and a gold answer.
 
     python train.py                                            # the embedded task
     python train.py --model ID --data polaris                  # or dolci, dapo, gsm8k, math: see SOURCES
@@ -42,8 +41,8 @@ WRAPPERS = (
     r"(?i)(Let's think|(Please )?reason) step by step,? and (output the|put your) final answer within \\boxed\{\}\.?$",
 )
 
-# The embedded task: zero-padded operands of one to four digits, e.g. `0473+0292=`. Fixed columns, because a model
-# this small does not learn to align digits of varying place. The mix of sizes gives the untrained model about 0.27.
+# The embedded task: zero-padded operands of one to four digits, `0473+0292=`: a model this small does not learn to
+# align digits of varying place. The mix of sizes gives the untrained model about 0.27.
 WIDTH = 4
 SIZES, SIZE_WEIGHTS = (1, 2, 3, 4), (0.06, 0.44, 0.25, 0.25)
 
@@ -118,7 +117,7 @@ def read_rows(path: str) -> list[dict]:
     # Plain json rather than Arrow: an answer column that mixes 5 and "5/2" is common, and the line number is exact.
     try:
         text = file.read_text(encoding="utf-8")
-        lines = [text] if file.suffix == ".json" and text.lstrip().startswith("[") else text.splitlines()
+        lines = [text] if file.suffix == ".json" and text.lstrip().startswith("[") else text.split("\n")
         rows = [json.loads(line) for line in lines if line.strip()]
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8 text ({error}); save it as UTF-8") from error
@@ -269,9 +268,11 @@ def normal(problem: str | list[dict]) -> str:
         problem = " ".join(str(message.get("content")) for message in problem if message.get("role") != "system")
     text = unicodedata.normalize("NFKC", unwrap(problem)).lower().replace("\u2212", "-").replace("\u2013", "-")
     text = re.sub(r"\\(?:left|right|displaystyle|quad|qquad)(?![a-z])|\\[,;:!()\[\] ]", "", text)
-    text = re.sub(r"\\[dt]frac", "frac", text)
-    text = re.sub(r"(?<=[a-z]{2})(?:-(?=[a-z]{2})|!)|\.(?!\d)|[^\w+\-*/=<>^|%!.()\[\]]", "", text)
-    return text or str(problem)
+    text = re.sub(r"\\[dt]?frac *(?:(\d) *(\d))?", lambda m: f"frac{m[1]}_{m[2]}" if m[1] else "frac", text)
+    text = re.sub(r"(?<=\d)(?:,|\{,\})(?=\d{3}(?!\d))", "", text)  # 1,000
+    junk = r"(?<=[a-z]{2})(?:-(?=[a-z]{2})|!)|\.(?!\d)|[^\w+\-*/=<>^|%!.()\[\]]"
+    text = re.sub(rf"(?<=\d)(?:{junk})+(?=\d)", "_", text)  # gcd(12, 3) is not gcd(1, 23)
+    return re.sub(junk, "", text) or str(problem)
 
 
 def prepare(cfg, evaluation: dict[str, list], missing: list[str]) -> tuple[list[Pair], str]:
@@ -330,7 +331,7 @@ def encode(pairs: list[Pair], tokenizer, max_tokens: int, thinking: bool | None 
         what = "chat template does not know enable_thinking" if template else "tokenizer has no chat template"
         raise ValueError(f"--thinking cannot be set: the model's {what}; leave --thinking out")
     options = {} if thinking is None else {"enable_thinking": thinking}
-    prompts, skipped = [], 0
+    prompts: list[Prompt] = []
     for text, answer in pairs:
         if template:
             more = "" if ASKS_FOR_BOX.search(str(text)) else INSTRUCTION
@@ -342,8 +343,6 @@ def encode(pairs: list[Pair], tokenizer, max_tokens: int, thinking: bool | None 
             ids = tokenizer(text)["input_ids"]
         if len(ids) > 1 and ids[0] == ids[1] == tokenizer.bos_token_id:  # one in the text, one of the tokenizer
             ids = ids[1:]
-        if len(ids) > max_tokens:
-            skipped += 1
-            continue
-        prompts.append(Prompt(len(prompts), text, answer, tuple(ids)))
-    return prompts, skipped
+        if len(ids) <= max_tokens:
+            prompts.append(Prompt(len(prompts), text, answer, tuple(ids)))
+    return prompts, len(pairs) - len(prompts)

@@ -326,6 +326,9 @@ def main(argv: list[str]) -> int:
     except KeyboardInterrupt:
         print(f"stopped; the same command goes on with --out {folder}", file=sys.stderr)
         return 130
+    except reward.VerifierBroken as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
     print(stats.table(results))
     print(f"results: {folder / 'results.json'}, completions beside it")
     return 0

@@ -23,7 +23,6 @@ Letters: P prompts, G answers per prompt, S sequences, N answer tokens.
 import random
 
 import torch
-import torch.distributed as dist
 
 import ranks
 from logprobs import Scorer, Sequence, empty_microbatch, share_out
@@ -155,13 +154,6 @@ def make_optimizer(model: torch.nn.Module, cfg) -> torch.optim.Optimizer:
     return AdamW8bit(model.parameters(), **common)
 
 
-def over_ranks(values: list[float], op=dist.ReduceOp.SUM) -> list[float]:
-    result = torch.tensor(values, dtype=torch.float64)
-    if dist.is_initialized() and dist.get_world_size() > 1:  # vLLM's group of one speaks NCCL only
-        dist.all_reduce(result, op)
-    return result.tolist()
-
-
 def plan_work(model: Scorer, sequences: list[Sequence], cfg, step: int) -> list[tuple]:
     """For each optimiser step: this rank's sequences, the weights of their tokens, and their micro-batches."""
     device = next(model.parameters()).device
@@ -173,7 +165,7 @@ def plan_work(model: Scorer, sequences: list[Sequence], cfg, step: int) -> list[
         mine = share_out(batch, ranks.rank(), ranks.world())
         rows = [batch[i] for i in mine]
         micros = model.pack(rows, cfg.tokens_per_microbatch)
-        most = int(over_ranks([len(micros)], dist.ReduceOp.MAX)[0])  # sharded models: all ranks go through together
+        most = int(ranks.largest(len(micros)))  # sharded models: all ranks go through together
         work.append((rows, weights[mine].to(device), micros + [empty_microbatch(device)] * (most - len(micros))))
     return work * cfg.epochs
 
@@ -235,8 +227,9 @@ def update(model, optimizer, sequences: list[Sequence], cfg, step: int, referenc
         optimizer.step()
         optimizer.zero_grad()
     model.eval()
-    most = over_ranks([sums.pop("max_ratio")], dist.ReduceOp.MAX)[0]
-    sums = dict(zip(sums, over_ranks(list(sums.values())), strict=True))
+    most = ranks.largest(sums.pop("max_ratio"))
+    sums = dict(zip(sums, ranks.total(list(sums.values())), strict=True))
+    sums["loss"] /= len(work)
     return _figures(sums) | {"engine_max_ratio": most, "grad_norm": grad_norm, "optimizer_steps": len(work)}
 
 

@@ -92,10 +92,10 @@ class Gauge(Saved):
         return figures
 
 
-def samples(run, groups: list[Group], texts: list[list[str]], step: int, count: int = 2) -> list[dict]:
+def samples(run, own: list[tuple[Group, list[str]]], step: int, count: int = 2) -> list[dict]:
     """A few of the step's answers as text."""
     rows = []
-    for group, answers in list(zip(groups, texts, strict=True))[:count]:
+    for group, answers in own[:count]:
         prompt = run.prompts[group.prompt]
         for i in range(min(count, len(answers))):
             row = {"step": step, "prompt": prompt.text, "response": answers[i], "answer": prompt.answer}
@@ -131,14 +131,15 @@ def progress(run):
     )  # fmt: skip
 
 
-def write(run, row: dict, progress, groups: list[Group], texts: list[list[str]]) -> None:
-    """One step to metrics.jsonl, to the console, and on evaluation steps some of its answers to samples.jsonl."""
+def write(run, row: dict, progress, own: list[tuple[Group, list[str]]]) -> None:
+    """One step to metrics.jsonl, to the console, and on evaluation steps some answers of `own`, this rank's groups with
+    their texts, to samples.jsonl."""
     if not ranks.is_main():
         return
     append(run.folder / "metrics.jsonl", [row])
     run.mirror.log(row)
     if "eval_accuracy" in row:
-        examples = samples(run, ranks.share(groups), texts, row["step"])
+        examples = samples(run, own, row["step"])
         append(run.folder / "samples.jsonl", examples)
         run.mirror.samples(examples)
     progress.write(line(row))

@@ -225,10 +225,12 @@ def compare(a: dict, b: dict, paths: list[str]) -> str:
 
 
 def by_seed(values: list[float]) -> dict:
-    """Mean of paired differences with its 95 % interval and two-sided p value (Student's t)."""
+    """Mean of paired differences with its 95 % interval and two-sided p value (Student's t); of one, the mean alone."""
     n, mean = len(values), fmean(values)
-    if n < 2 or not (se := stdev(values) / math.sqrt(n)):
-        return {"n": n, "mean": mean, "low": mean, "high": mean, "p": 1.0 if mean == 0 or n < 2 else 0.0}
+    if n < 2:
+        return {"n": n, "mean": mean, "low": None, "high": None, "p": 1.0}
+    if not (se := stdev(values) / math.sqrt(n)):
+        return {"n": n, "mean": mean, "low": mean, "high": mean, "p": 1.0 if mean == 0 else 0.0}
     half = t_quantile(n - 1) * se
     p = 1 - t_within(abs(mean) / se, n - 1)
     return {"n": n, "mean": mean, "low": mean - half, "high": mean + half, "p": p}

@@ -16,22 +16,44 @@ def run_of(method: str, seed: int, accuracies: list[float], rollouts: int = 100)
         for i, a in enumerate(accuracies)
     ]
     health = {"zero_variance": 0.5, "mean_abs_advantage": 0.2, "replayed": 0.0, "distinct_prompts": 10}
-    return {"method": method, "seed": seed, "points": points, "health": health}
+    return {"method": method, "seed": seed, "points": points, "health": health, "commit": ""}
 
 
-def test_accuracy_at_a_cost_is_the_trailing_mean_of_what_the_budget_pays_for():
+def test_accuracy_at_a_cost_is_the_mean_over_its_last_fifth():
     run = run_of("none", 0, [0.0, 0.3, 0.6, 0.9])
-    assert compare.smooth(run["points"]) == pytest.approx([0, 0.15, 0.3, 0.6])
-    assert compare.accuracy_at(run, "rollouts", 300) == pytest.approx(0.6)
-    assert compare.accuracy_at(run, "rollouts", 299) == pytest.approx(0.3)
-    assert compare.accuracy_at(run, "seconds", 0.5) == pytest.approx(0.15)
-    assert compare.area(run, "rollouts", 300) == pytest.approx((34 * 0 + 33 * 0.15 + 33 * 0.3 + 0.6) / 101, abs=0.01)
+    assert compare.accuracy_at(run, "rollouts", 300) == pytest.approx(0.9 - 0.09)
+    assert compare.accuracy_at(run, "rollouts", 100) == pytest.approx(0.3 - 0.03)
+    assert compare.accuracy_at(run, "seconds", 0.5) == pytest.approx(0.3 - 0.03)
+    assert compare.area(run, "rollouts", 300) == pytest.approx(0.45, abs=1e-3)
 
 
-def test_cost_to_reach_a_level_is_between_evaluations_or_none():
+def test_how_far_apart_evaluations_are_makes_no_difference():
+    fine, coarse = run_of("a", 0, [0.1 * i for i in range(9)], 50), run_of("b", 0, [0.0, 0.4, 0.8], 200)
+    for budget in (100, 250, 330, 400):
+        assert compare.accuracy_at(fine, "rollouts", budget) == pytest.approx(
+            compare.accuracy_at(coarse, "rollouts", budget)
+        )
+        assert compare.area(fine, "rollouts", budget) == pytest.approx(compare.area(coarse, "rollouts", budget))
+    assert compare.cost_to_reach(fine, 0.5) == pytest.approx(compare.cost_to_reach(coarse, 0.5))
+
+
+def test_cost_to_reach_a_level_is_where_accuracy_at_reaches_it():
     run = run_of("none", 0, [0.0, 0.3, 0.6, 0.9])
-    assert compare.cost_to_reach(run, 0.45) == pytest.approx(250)
-    assert compare.cost_to_reach(run, 0.0) == 0 and compare.cost_to_reach(run, 0.7) is None
+    assert compare.accuracy_at(run, "rollouts", compare.cost_to_reach(run, 0.45)) == pytest.approx(0.45, abs=1e-4)
+    assert compare.cost_to_reach(run, 0.0) == 0 and compare.cost_to_reach(run, 0.82) is None
+
+
+def test_runs_that_cannot_be_paired_are_refused():
+    runs = [run_of("none", 0, [0.1, 0.2]), run_of("prompt", 1, [0.1, 0.2])]
+    with pytest.raises(ValueError, match="no run of prompt has a seed in common"):
+        compare.analyse(runs, ["none", "prompt"])
+    with pytest.raises(ValueError, match="same method and seed"):
+        compare.analyse([*runs, run_of("prompt", 1, [0.1, 0.3])], ["none", "prompt"])
+
+
+def test_one_seed_has_no_interval():
+    runs = [run_of("none", 0, [0.1, 0.2]), run_of("prompt", 0, [0.1, 0.3])]
+    assert "+9.0 (one seed)" in compare.table(compare.analyse(runs, ["none", "prompt"]))
 
 
 def test_paired_differences_have_students_interval():
@@ -96,7 +118,9 @@ def test_the_whole_command_and_again_without_running(tmp_path, capsys):
     before = {p: p.stat().st_mtime_ns for p in out.glob("*/metrics.jsonl")}
     assert compare.main([*command, *flags]) == 0
     assert before == {p: p.stat().st_mtime_ns for p in out.glob("*/metrics.jsonl")}
-    capsys.readouterr()
+    assert compare.main([*command, *flags, "--lr", "1e-3"]) == 2 and "holds a run with --lr 0.0005, not 0.001" in (
+        capsys.readouterr().err
+    )
     folders = [str(p.parent) for p in before if not p.parent.name.startswith("fifo")]
     assert compare.main([*folders, "--out", str(tmp_path / "again")]) == 0
     assert "| prompt | 2 |" in capsys.readouterr().out

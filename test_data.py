@@ -286,6 +286,11 @@ def test_repeats_and_overlap_are_left_out_and_counted(tmp_path):
         ("Good luck!", "good luck", True),
         ("\u6c42 x", "\u6c42 y", False),
         ("?", "!?!", False),
+        ("gcd(12, 3)", "gcd(1, 23)", False),
+        (r"\frac{12}{3}+1", r"\frac{1}{23}+1", False),
+        ("Use [1, 23, 4]", "Use [12, 3, 4]", False),
+        ("1,000 apples and 10{,}000", "1000 apples, and 10\\,000", True),
+        ("(1, 200)", "(1,200)", False),
     ],
 )
 def test_which_problems_are_the_same(one, other, same):

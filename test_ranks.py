@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 
 import plot
 import ranks
+import reward
 import tiny
 import train
 
@@ -95,6 +96,18 @@ def test_several_ranks_give_the_numbers_of_one(one_rank, tmp_path, processes):
     text = finish(start(tmp_path / "many", *flags, processes=processes))
     assert_same_run(one_rank, tmp_path / "many")
     assert len(re.findall(r"^step +7 ", text, re.M)) == 1  # one rank speaks
+
+
+@pytest.mark.slow
+def test_refills_that_ranks_cannot_share_evenly(tmp_path):
+    """Five prompts on two ranks, in several rounds: whose answers are whose must not be guessed from their places."""
+    flags = ["--replay", "dapo", "--prompts-per-step", "5", "--steps", "4", "--eval-every", "2"]
+    finish(start(tmp_path / "run", *flags))
+    rows, golds = plot.read(tmp_path / "run" / "samples.jsonl"), dict(tiny.problems("digits", 10)[0])
+    assert rows and all(row["answer"] == golds[row["prompt"]] for row in rows)
+    assert all(row["reward"] == reward.grade_equation([row["response"]], [row["answer"]])[0] for row in rows)
+    figures = plot.read(tmp_path / "run" / "metrics.jsonl")
+    assert any(row["rollouts"] - before["rollouts"] > 20 for before, row in zip(figures, figures[1:], strict=False))
 
 
 @pytest.mark.slow

@@ -985,7 +985,7 @@ def test_rollout_replay_02_none_before_the_warm_up_and_none_of_this_steps_own(wa
     store = RolloutReplay(warmup=warmup)
     for step, batch in enumerate(run_store(store, range(30))):
         replayed = batch[3:]
-        assert bool(replayed) == (step >= max(warmup, 1))
+        assert bool(replayed) == (step > warmup)  # steps are counted from 1
         assert step not in births(replayed)
 
 
@@ -1114,7 +1114,7 @@ def test_rollout_replay_13_figures_for_the_log():
         replayed = batch[3:]
         ages = Counter(step - one.birth for one in replayed)
         assert figures["rollout_ages"] == [ages[i] for i in range(max(ages, default=0) + 1)]
-        assert len(replayed) == (6 if step >= 2 else 0)
+        assert len(replayed) == (6 if step > 2 else 0)
         uses.update(names(replayed))
         counts = Counter(uses[name] for name in names(replayed))
         assert figures["rollout_uses"] == [counts[i] for i in range(max(counts, default=0) + 1)]
@@ -1202,6 +1202,38 @@ def test_popo_ablations_oldest_first_and_least_drift_first():
     assert not asked  # a pass of the model that nothing needs
     assert [one.prompt for one in store.complete([group(9, birth=2)], 4, 2)] == [9, 2, 3, 1]
     assert asked == [4]  # not the group of this step
+
+
+def filled_by(store, ess, steps: int, places: int = 16) -> list[int]:
+    """Places that `store` fills a step, where ess(number filled) is what each update finds."""
+    counts = []
+    for step in range(steps):
+        batch = store.complete([group(i, birth=step) for i in range(places // 2)], places, step)
+        counts.append(len(batch) - places // 2)
+        store.adjust(ess(counts[-1]) if counts[-1] else None)
+    return counts
+
+
+def test_adaptive_fills_as_many_places_as_stay_on_policy():
+    near = filled_by(GroupReplay(100, min_ess=0.99), lambda n: 1.0, 40)
+    assert near[1] <= 2 and near[-1] == 8  # nothing is taken on trust
+    far = filled_by(GroupReplay(100, min_ess=0.99), lambda n: 0.9, 400)
+    assert 0 < np.mean(far[-300:]) < 0.5  # a group now and then: it may come to do better
+    middle = filled_by(GroupReplay(100, min_ess=0.99), lambda n: 1 - 0.0025 * n, 400)  # four and no more
+    assert 3 < np.mean(middle[-300:]) < 5
+    halved = filled_by(GroupReplay(100, min_ess=0.99, max_fill=0.5), lambda n: 1.0, 400)
+    assert np.mean(halved[-300:]) == 4
+    assert not any(filled_by(GroupReplay(100, min_ess=0.99, max_fill=0.0), lambda n: 1.0, 40))
+
+
+def test_popo_itself_fills_every_place_whatever_the_sample_size():
+    assert set(filled_by(GroupReplay(100), lambda n: 0.1, 40)[2:]) == {8}
+
+
+@pytest.mark.parametrize("wrong", [{"capacity": 0}, {"min_ess": 1.0}, {"max_fill": 1.5}])
+def test_group_replay_refuses_what_cannot_be_meant(wrong):
+    with pytest.raises(ValueError, match="need room"):
+        GroupReplay(**{"capacity": 4} | wrong)
 
 
 def test_popo_11_figures_for_the_log():

@@ -213,7 +213,8 @@ i ; I ; 1 ; -i ; j
 \text{(C)} ; \text{(D)} ; D ; \text{C or D} ; C, D ; c
 \text{even} ; \text{odd} ; 2 ; \text{not even}
 \text{red blue} ; \text{blue red}
-5\text{ cm} ; 5\text{ m} ; 6\text{ cm} ; 5\text{ cm}, 6\text{ cm}
+5\text{ cm} ; 5\text{ m} ; 6\text{ cm} ; 5\text{ cm}, 6\text{ cm} ; 5 km ; 5\text{ kg}
+5 cm ; 5 km ; 5 mm ; 5\text{ km} ; 5 kg ; 5\%
 50\% ; 51\% ; 5\% ; 50^\circ
 \$36 ; \$63 ; 3.6 ; \$36,000
 2 ; 2 sin x ; 2 xy ; 2\cos x ; 2 \text{ or } 2.1 ; \log_2 8

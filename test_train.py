@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -227,6 +228,8 @@ BAD_FLAGS = {
     "--replay nonsense": "nonsense.*prompt",
     "--replay prompt+prioritized": "prompt and prioritized",
     "--replay dapo+group": "dapo and group",
+    "--replay adaptive+group": "adaptive and group",
+    "--replay group --min-ess 1": "min_ess",
     "--replay prompt+": "not known",
     "--reward nonsense": "nonsense",
     "--advantage median": "median",
@@ -278,6 +281,29 @@ def test_a_run_is_neither_overwritten_nor_resumed_with_other_settings(finished, 
     message = capsys.readouterr().err
     assert "--share was 0.75 and is 0.5" in message and "--lr was 0.0005 and is 0.1" in message
     assert figures(plot.read(out / "metrics.jsonl")) == figures(rows)
+
+
+def test_a_run_that_has_spent_its_rollouts_has_nothing_left_to_do(tmp_path):
+    flags = ["--max-rollouts", "90", "--steps", "100"]
+    first = run(tmp_path / "run", *flags)
+    assert run(tmp_path / "run", *flags, "--resume") == first
+
+
+def test_two_runs_that_start_at_once_get_a_folder_each(tmp_path):
+    cfg = config.Config(seed=3)
+    one, two = (checkpoint.choose_folder(cfg, tmp_path) for _ in range(2))
+    assert one == two  # neither is there yet
+    assert checkpoint.claim(one, cfg) == one and checkpoint.claim(two, cfg) == tmp_path / "tiny-grpo-s3-2"
+    cfg.out = str(tmp_path / "given")
+    assert checkpoint.claim(Path(cfg.out), cfg) == checkpoint.claim(Path(cfg.out), cfg)
+
+
+def test_what_a_method_sets_does_not_depend_on_the_order_of_names():
+    for names in ("prioritized", "group"), ("group", "rollout"), ("prompt", "dapo"), ("adaptive", "rollout"):
+        one, two = (config.parse(["--replay", "+".join(order)], "")[0] for order in (names, names[::-1]))
+        one.replay = two.replay = ""
+        assert one == two
+        config.validate(config.parse(["--replay", "+".join(names)], "")[0])
 
 
 def test_every_setting_is_a_flag_with_help(capsys):

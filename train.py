@@ -29,6 +29,7 @@ import plan
 import plot
 import ranks
 import reward
+import stats
 import tiny
 from adaptive import Adaptive
 from buffer import Group, GroupReplay, RolloutReplay, Surplus, make_stores
@@ -217,7 +218,7 @@ class Stop:
 def evaluate(run: Run) -> float:
     mine = ranks.share(run.held_out)
     settings = (run.tokenizer, run.reward, run.cfg.eval_samples, run.cfg.seed)
-    mean = eval.accuracy(run.engine, mine, *settings) if mine else 0.0
+    mean = eval.accuracy(run.engine, mine, *settings)  # without prompts too: ranks may share an engine
     return ranks.total([mean * len(mine)])[0] / len(run.held_out)
 
 
@@ -229,7 +230,9 @@ def record(run: Run, step: int, groups: list[Group], batch: list[Group], trained
     run.gauge.observe(groups, run.sampler.epochs.replays)
     row = {"step": step} | log.rollout_figures(groups, run.sampler.epochs.replays) | trained | run.gauge.figures()
     row |= {"distinct_prompts": int(run.sampler.epochs.seen.sum()), "rollouts": run.rollouts, "tokens": run.tokens}
-    row |= {"lr": run.cfg.lr, "trained_groups": len(batch)} | run.sampler.figures() | reward.counts()
+    row |= {"lr": run.cfg.lr, "trained_groups": len(batch)} | run.sampler.figures()
+    graded = reward.counts()
+    row |= dict(zip(graded, map(int, ranks.total(list(graded.values()))), strict=True))
     for store in run.stores.values():
         row |= store.figures(step)
     row |= {f"seconds_{name}": value for name, value in seconds.items()}
@@ -239,6 +242,8 @@ def record(run: Run, step: int, groups: list[Group], batch: list[Group], trained
 def train(run: Run) -> int:
     """The loop. Returns the signal that ended it early, or 0."""
     cfg, stop, ended_by = run.cfg, Stop(), 0
+    if 0 < cfg.max_rollouts <= run.rollouts:
+        return 0  # resumed when nothing was left to do
     surplus = run.stores.get("dapo")
     evaluates = cfg.eval_every and run.held_out
     start = {"eval_accuracy_start": evaluate(run)} if evaluates and run.step == 0 else {}
@@ -248,7 +253,7 @@ def train(run: Run) -> int:
             clock, seconds = log.Clock(), dict.fromkeys(("rollout", "reward", "update", "sync"), 0.0)
             groups: list[Group] = []
             useful: list[Group] = []  # those with a gradient; dead groups never reach the update
-            texts: list[list[str]] = []
+            own: list[tuple[Group, list[str]]] = []  # this rank's, with their texts
             reward.counts()  # those of an evaluation are not this step's
 
             # Rollouts: one round, or with dynamic sampling (DAPO) as many as fill the batch, within bounds.
@@ -258,7 +263,7 @@ def train(run: Run) -> int:
                     break  # a small data set: every prompt is in this step already
                 mine = rollouts(run, drawn, step)
                 seconds["rollout"] += clock.lap()
-                texts += score(run, mine)
+                own += zip(mine, score(run, mine), strict=True)
                 new = ranks.gather(mine)  # every rank knows all groups: samplers and stores stay the same everywhere
                 seconds["reward"] += clock.lap()
                 observe(run.sampler, new, step)  # dead groups too: that a prompt is solved is worth knowing
@@ -268,13 +273,15 @@ def train(run: Run) -> int:
                     break
 
             # What is trained on: useful fresh groups, stored ones in place of dead ones, stored answers on top.
+            run.engine.sleep()  # its memory is the trainer's until the sync
             batch = useful
             for store in run.stores.values():
                 batch = store.complete(batch, cfg.prompts_per_step, step)
             sequences = training_sequences(run, batch, step)
 
-            run.engine.sleep()  # its memory is the trainer's until the sync
             trained = grpo.update(run.model, run.optimizer, sequences, cfg, step, run.reference)
+            if "group" in run.stores:
+                run.stores["group"].adjust(trained.get("ess_replayed"))
             seconds["update"] += clock.lap()
             trained["sync_error"] = run.engine.sync(run.model)
             seconds["sync"] += clock.lap()
@@ -283,7 +290,7 @@ def train(run: Run) -> int:
             start, last = {}, step == cfg.steps or 0 < cfg.max_rollouts <= run.rollouts
             if evaluates and (step % cfg.eval_every == 0 or last):
                 row["eval_accuracy"] = evaluate(run)
-            log.write(run, row, progress, groups, texts)
+            log.write(run, row, progress, own)
             profiler.step()
             ended_by = stop.agreed()
             if ended_by or step % cfg.save_every == 0 or last:
@@ -300,15 +307,15 @@ def start(cfg: Config, given: list[str]) -> int:
             print(dry_run(cfg, given))
             return 0
         run = prepare(cfg)
+        run.folder = Path(ranks.from_main(str(checkpoint.claim(run.folder, cfg)) if ranks.is_main() else ""))
         if ranks.is_main():
-            run.folder.mkdir(parents=True, exist_ok=True)
             run.mirror.start(run.folder, asdict(cfg), run.step)
     except (ValueError, OSError) as error:
         if ranks.is_main():
             print(f"error: {error}", file=sys.stderr)
         return 2
     if ranks.is_main():
-        settings = asdict(cfg) | {"given": given, "prompts_sha256": run.digest}
+        settings = asdict(cfg) | {"given": given, "prompts_sha256": run.digest, "commit": stats.commit()}
         (run.folder / "config.json").write_text(json.dumps(settings, indent=2) + "\n")
         print(f"run folder: {run.folder}{f', going on after step {run.step}' if run.step else ''}")
     ended_by = train(run)

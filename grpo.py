@@ -229,7 +229,7 @@ def update(model, optimizer, sequences: list[Sequence], cfg, step: int, referenc
     model.eval()
     most = ranks.largest(sums.pop("max_ratio"))
     sums = dict(zip(sums, ranks.total(list(sums.values())), strict=True))
-    sums["loss"] /= len(work)
+    sums["loss"] /= max(len(work), 1)
     return _figures(sums) | {"engine_max_ratio": most, "grad_norm": grad_norm, "optimizer_steps": len(work)}
 
 

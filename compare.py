@@ -334,7 +334,7 @@ def main(argv: list[str]) -> int:
             results["tuned"] = write(out, "tuned", by_lr["tuned"], methods, command, rates=rates)
             (out / "overview.md").write_text(overview(results, methods) + "\n")
             print(overview(results, methods))
-            print(f"figure: {plot.learning_rates(by_lr, methods, out / 'overview.png')}")
+            print(f"figure: {plot.forest(results, methods, out / 'overview.png')}")
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -259,6 +259,10 @@ def summary(rows: list[dict]) -> str:
             lines += [f"pass rate from one visit to the next by {visitor}: {gain:+.3f} +- {error:.3f} ({n:,} visits)"]
     if "gain_replay" in rows[-1]:
         lines += [advice(rows[-1]["gain_replay"])]
+    sizes = [row["ess_replayed"] for row in rows if "ess_replayed" in row]
+    if sizes:
+        size = sum(sizes) / len(sizes)
+        lines += [f"effective sample size of stored answers used again: {size:.3f} of 1: {advice_on_stored(size)}"]
     return "\n".join(lines)
 
 
@@ -269,3 +273,10 @@ def advice(gain: float) -> str:
     if gain < 0.25:
         return "a visit moves a prompt somewhat: replay may save or cost rollouts; --replay adaptive decides as it goes"
     return "a visit moves a prompt far: fixed rules usually cost rollouts here, fresh prompts teach more"
+
+
+def advice_on_stored(size: float) -> str:
+    """The bounds are those of ten cells of the embedded task (LOG.md)."""
+    if size >= 0.98:
+        return "nearly on-policy, which usually saves rollouts"
+    return "it may save or cost rollouts" if size >= 0.95 else "stale, which usually gains nothing or costs"

@@ -169,10 +169,34 @@ def comparison(runs: list[dict], methods: list[str], path: Path) -> Path:
     return panels([("", "rollouts", runs), ("", "seconds", runs)], methods, path)
 
 
-def learning_rates(by_lr: dict[str, list[dict]], methods: list[str], path: Path) -> Path:
-    """Accuracy over rollouts at each learning rate, and at the one tuned for each method."""
-    titles = [lr if lr == "tuned" else f"learning rate {lr}" for lr in by_lr]
-    return panels([(t, "rollouts", runs) for t, runs in zip(titles, by_lr.values(), strict=True)], methods, path)
+def forest(results: dict[str, dict], methods: list[str], path: Path) -> Path:
+    """Differences to the baseline at equal rollouts in points, with 95 % intervals: a panel for each learning rate, a
+    row for each method (compare.py's tables). Grey where Holm's p is not below 0.05."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    size = (1.5 + 2.4 * len(results), 1.1 + 0.28 * len(methods))
+    figure, axes = plt.subplots(1, len(results), figsize=size, layout="constrained", sharey=True)
+    for axis, (title, result) in zip(axes, results.items(), strict=True):
+        base = result["methods"][methods[0]]["accuracy"]["rollouts"]
+        axis.axvline(0, color="#bbbbbb", linewidth=1, zorder=0)
+        for i, method in enumerate(methods[1:]):
+            test = result["methods"][method]["difference"]["rollouts"]
+            mean, low, high = (100 * test[key] for key in ("mean", "low", "high"))
+            colour = GREY if test["p_holm"] >= 0.05 else BLUE if mean > 0 else ORANGE
+            axis.errorbar(mean, i, xerr=[[mean - low], [high - mean]], fmt="o", color=colour, markersize=4, capsize=2)
+        axis.set_title(f"{title}\n{methods[0]}: {100 * base:.1f} %", fontsize=9)
+        axis.set(ylim=(len(methods) - 1.5, -0.5))
+        axis.set_yticks(range(len(methods) - 1), methods[1:], fontsize=9)
+        axis.tick_params(axis="y", length=0)
+        axis.spines[["top", "right", "left"]].set_visible(False)
+    figure.supxlabel(f"points of accuracy against {methods[0]}, at equal rollouts", fontsize=9)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+    return path
 
 
 def regimes(cells: list[dict], path: Path) -> Path:

@@ -184,3 +184,12 @@ def test_gauge_is_the_mean_change_from_visit_to_visit_apart_for_replay_and_epoch
     again.load_state_dict(gauge.state_dict())
     assert again.figures() == figures
     assert len({log.advice(gain) for gain in (0.0, 0.1, 0.3)}) == 3
+
+
+def test_closing_lines_say_how_far_from_on_policy_stored_answers_were():
+    row = {"step": 1, "rollouts": 8, "tokens": 80} | dict.fromkeys(
+        (f"seconds_{name}" for name in ("rollout", "reward", "update", "sync", "total")), 1.0
+    )
+    assert "stored" not in log.summary([row])
+    for sizes, words in (((1.0, 0.98), "0.990 of 1: nearly"), ((0.96,), "may save or cost"), ((0.8,), "stale")):
+        assert words in log.summary([row, *(row | {"ess_replayed": size} for size in sizes)])

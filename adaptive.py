@@ -1,5 +1,9 @@
 """Our own rule for prompts to bring back: those that have lately been worth more than the next prompts of the epoch.
 
+(Half of `--replay adaptive`. The other half, `min_ess` of buffer.GroupReplay, is about answers: recent useful groups
+take the places of dead ones as far as they are still nearly on-policy. `--max-fill 0` leaves that half out, `--share 0`
+this one.)
+
 The four papers fix beforehand which pass rates are worth another visit, and whether that saves rollouts then depends on
 how far one visit moves a prompt (README, "Does replay help?"). Here the run itself tells. A visit to a prompt that
 turns out to stand at pass rate p counts as

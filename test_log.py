@@ -191,5 +191,5 @@ def test_closing_lines_say_how_far_from_on_policy_stored_answers_were():
         (f"seconds_{name}" for name in ("rollout", "reward", "update", "sync", "total")), 1.0
     )
     assert "stored" not in log.summary([row])
-    for sizes, words in (((1.0, 0.98), "0.990 of 1: nearly"), ((0.96,), "may save or cost"), ((0.8,), "stale")):
+    for sizes, words in (((1.0, 0.98), "0.990 of 1: nearly"), ((0.92,), "may save or cost"), ((0.8,), "stale")):
         assert words in log.summary([row, *(row | {"ess_replayed": size} for size in sizes)])

@@ -226,9 +226,8 @@ def make_stores(switches: dict[str, str], cfg, drift=None) -> dict:
     if switches.get("fill") == "dapo":
         stores["dapo"] = Surplus()
     if switches.get("fill") in ("group", "adaptive"):
-        stores["group"] = GroupReplay(
-            cfg.group_capacity or 2 * cfg.prompts_per_step, cfg.seed, cfg.group_order, drift, cfg.min_ess
-        )
+        capacity = cfg.group_capacity or 2 * cfg.prompts_per_step
+        stores["group"] = GroupReplay(capacity, cfg.seed, cfg.group_order, drift, cfg.min_ess, cfg.max_fill)
     if switches.get("extra") == "rollout":
         stores["rollout"] = RolloutReplay(
             cfg.seed, cfg.replay_ratio, cfg.priority_exponent, cfg.max_age, cfg.replay_warmup, cfg.rollout_capacity

@@ -5,6 +5,7 @@ read by any number of ranks; and state.pt with all that the ranks share.
 """
 
 import os
+import pickle
 import shutil
 import warnings
 from dataclasses import asdict
@@ -37,6 +38,8 @@ def choose_folder(cfg, parent: Path) -> Path:
     """--out, or the first free out/MODEL-METHOD-sSEED; with --resume the newest of them that has a checkpoint."""
     if cfg.out:
         folder = Path(cfg.out)
+        if folder.exists() and not folder.is_dir():
+            raise ValueError(f"--out {folder} is a file; give the folder of the run")
         if not cfg.resume and (folder / "metrics.jsonl").exists():
             raise ValueError(f"{folder} holds a run already; go on with it by --resume, or give another --out")
         return folder
@@ -90,7 +93,10 @@ def resume(run) -> None:
     path = newest(run.folder)
     if path is None:
         raise ValueError(f"nothing to resume in {run.folder}: it has no checkpoint; start the run without --resume")
-    state = torch.load(path / "state.pt", weights_only=True)
+    try:
+        state = torch.load(path / "state.pt", weights_only=True)
+    except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        raise ValueError(f"{path / 'state.pt'} cannot be read ({error}); remove {path} and start anew") from error
     before, now = state["config"], asdict(run.cfg)
     changed = [k for k in now if k not in config.FREE and before.get(k) != now[k]]
     if changed:

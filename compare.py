@@ -21,6 +21,7 @@ import math
 import multiprocessing
 import multiprocessing.connection
 import os
+import re
 import shlex
 import sys
 from pathlib import Path
@@ -61,12 +62,12 @@ def read_run(folder: Path) -> dict:
     points = [point for point in points if point["accuracy"] is not None]
     if len(points) < 2:
         raise ValueError(f"{folder} has no evaluations to compare; run it with --eval-every above 0")
-    who = {"method": config["replay"], "seed": config["seed"], "commit": config.get("commit", "")}
+    who = {"method": config["replay"], "seed": config["seed"], "commit": config.get("commit", ""), "config": config}
     return who | {"points": points, "health": health}
 
 
-def curve(run: dict, cost: str) -> tuple[list[float], list[float]]:
-    return [point[cost] for point in run["points"]], [point["accuracy"] for point in run["points"]]
+def curve(run: dict, cost: str) -> tuple:
+    return tuple([point[what] for point in run["points"]] for what in (cost, "accuracy"))
 
 
 def accuracy_at(run: dict, cost: str, budget: float) -> float:
@@ -101,9 +102,7 @@ def analyse(runs: list[dict], methods: list[str]) -> dict:
     for method, arm in by.items():
         seeds = sorted(base.keys() & arm.keys())
         if not seeds:
-            raise ValueError(
-                f"no run of {method} has a seed in common with those of {methods[0]}; runs are paired by it"
-            )
+            raise ValueError(f"no run of {method} has a seed of those of {methods[0]}, by which runs are paired")
         # what all runs of the pair spent: one method's few optimiser steps do not cut the others' comparison short
         budgets = {cost: min(run[s]["points"][-1][cost] for run in (arm, base) for s in seeds) for cost in COSTS}
         entry = {"seeds": len(seeds), "budgets": budgets, "accuracy": {}, "difference": {}, "area": {}, "reach": {}}
@@ -117,9 +116,8 @@ def analyse(runs: list[dict], methods: list[str]) -> dict:
             pairs = [(cost_to_reach(base[s], level), cost_to_reach(arm[s], level)) for s in seeds]
             logs = [math.log(b / a) for a, b in pairs if a and b]
             entry["reach"][str(level)] = stats.by_seed(logs) | {"both": len(logs)} if logs else {"both": 0}
-        entry["health"] = {
-            name: fmean(arm[s]["health"][name] for s in seeds) for name in next(iter(arm.values()))["health"]
-        }
+        names = arm[seeds[0]]["health"]
+        entry["health"] = {name: fmean(arm[s]["health"][name] for s in seeds) for name in names}
         result["methods"][method] = entry
     for table in ("difference", "area"):
         for cost in COSTS:
@@ -141,14 +139,13 @@ def table(result: dict) -> str:
     """Markdown."""
     base = result["baseline"]
     spent = ", ".join(f"{budget:,.0f} {COSTS[cost]}" for cost, budget in result["methods"][base]["budgets"].items())
+    columns = ["method", "seeds", "accuracy", *(f"at equal {name}" for name in COSTS.values()), "mean on the way"]
     lines = [
         f"Held-out accuracy in points against {base}, paired by seed, 95 % intervals, * Holm-corrected p < 0.05, at "
         f"the most that both spent ({base}: {spent}).",
         "",
-        "| method | seeds | accuracy | "
-        + " | ".join(f"at equal {name}" for name in COSTS.values())
-        + " | mean on the way |",
-        "|---" * (len(COSTS) + 4) + "|",
+        f"| {' | '.join(columns)} |",
+        "|---" * len(columns) + "|",
     ]
     for method, entry in result["methods"].items():
         cells = [points_of(entry["difference"][cost]) if entry["difference"] else "" for cost in COSTS]
@@ -156,15 +153,9 @@ def table(result: dict) -> str:
         accuracy = f"{100 * entry['accuracy']['rollouts']:.1f}"
         lines.append(f"| {method} | {entry['seeds']} | {accuracy} | " + " | ".join(cells) + " |")
     levels = [x for x in LEVELS if any(e["reach"][str(x)]["both"] > 1 for e in result["methods"].values())]
-    lines += [
-        "",
-        f"Rollouts to reach an accuracy, relative to {base} (pairs that both reached it), and health figures:",
-        "",
-    ]
-    lines += [
-        "| method | " + " | ".join(f"{x:.0%}" for x in levels) + " | dead groups | mean abs adv | distinct prompts |"
-    ]
-    lines += ["|---" * (len(levels) + 4) + "|"]
+    what = f"Rollouts to reach an accuracy, relative to {base} (pairs that both reached it), and health figures:"
+    columns = ["method", *(f"{x:.0%}" for x in levels), "dead groups", "mean abs adv", "distinct prompts"]
+    lines += ["", what, "", f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     for method, entry in result["methods"].items():
         cells = []
         for level in levels:
@@ -188,7 +179,8 @@ def finished(folder: Path, flags: list[str]) -> bool:
         return False
     cfg, given = config.parse(flags, "")
     asked, there = (json.loads(text) for text in (json.dumps(vars(cfg)), (folder / "config.json").read_text()))
-    changed = [f"--{k.replace('_', '-')} {there.get(k)}, not {asked[k]}" for k in given if there.get(k) != asked[k]]
+    names = {*given, *there.get("given", [])} - {"out", "resume"}
+    changed = [f"--{k.replace('_', '-')} {there.get(k)}, not {asked[k]}" for k in names if there.get(k) != asked[k]]
     if changed:
         raise ValueError(f"{folder} holds a run with {'; '.join(changed)}; give another --out, or remove that folder")
     return True
@@ -221,8 +213,7 @@ def run_all(jobs: list[tuple[Path, list[str]]], at_once: int) -> None:
                 while waiting and len(running) < at_once:
                     folder, flags = waiting.pop(0)
                     folder.mkdir(parents=True, exist_ok=True)
-                    resume = ["--resume"] if any(folder.glob("checkpoints/step-*/state.pt")) else []
-                    if not resume:
+                    if not (resume := ["--resume"] * any(folder.glob("checkpoints/step-*/state.pt"))):
                         (folder / "metrics.jsonl").unlink(missing_ok=True)
                     running[folder] = processes.Process(target=one_run, args=(folder, [*flags, *resume]))
                     running[folder].start()
@@ -289,7 +280,13 @@ def run_or_read(args, arms: dict[str, list[str]], extra: list[str], out: Path) -
     if bool(args.runs) == bool(arms):
         raise ValueError("give folders of runs, or --methods (and --arms) to run")
     if args.runs:
-        return {"": [read_run(Path(folder)) for folder in args.runs]}
+        runs = [read_run(Path(folder)) for folder in args.runs]
+        for name in ("model", "prompts_sha256", "lr", "prompts_per_step", "answers_per_prompt", "max_tokens", "reward"):
+            if len(values := {str(run["config"].get(name)) for run in runs}) > 1:
+                print(f"note: the runs differ in {name}: {', '.join(sorted(values))}")
+        return {"": runs}
+    if min(args.seeds, args.jobs, args.budget_rollouts) < 1:
+        raise ValueError("--seeds, --jobs and --budget-rollouts must be at least 1")
     if args.seeds < 4 and args.lrs:
         raise ValueError(f"--lrs chooses on half of the seeds and judges on the other: at least 4, got {args.seeds}")
     base = ["--steps", "1000000", "--max-rollouts", str(args.budget_rollouts), "--save-every", "100", *extra]
@@ -306,20 +303,24 @@ def main(argv: list[str]) -> int:
     command = "python compare.py " + shlex.join(argv)
     argv, extra = (argv[: argv.index("--")], argv[argv.index("--") + 1 :]) if "--" in argv else (argv, [])
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", nargs="*", help="folders of runs to compare; without them --methods are run")
-    parser.add_argument("--methods", nargs="+", default=[], help="values of --replay; the first is the baseline")
-    parser.add_argument("--arms", nargs="+", default=[], help="further methods as 'NAME: flags of train.py'")
-    parser.add_argument("--lrs", nargs="+", default=[], help="learning rates: a table for each, and one of the best")
-    parser.add_argument("--seeds", type=int, default=12, help="matched seeds (%(default)s)")
-    parser.add_argument("--first-seed", type=int, default=0, help="the first of them (%(default)s)")
-    parser.add_argument("--budget-rollouts", type=int, default=40_000, help="answers a run may generate (%(default)s)")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs side by side (%(default)s)")
-    parser.add_argument("--out", default=str(HERE / "out" / "compare"), help="folder of runs and results (%(default)s)")
+    add = parser.add_argument
+    add("runs", nargs="*", help="folders of runs to compare; without them --methods are run")
+    add("--methods", nargs="+", default=[], help="values of --replay; the first is the baseline")
+    add("--arms", nargs="+", default=[], help="further methods as 'NAME: flags of train.py'")
+    add("--lrs", nargs="+", default=[], help="learning rates: a table for each, and one tuned per method")
+    add("--seeds", type=int, default=12, help="matched seeds (%(default)s)")
+    add("--first-seed", type=int, default=0, help="the first of them (%(default)s)")
+    add("--budget-rollouts", type=int, default=40_000, help="answers a run may generate (%(default)s)")
+    add("--jobs", type=int, default=os.cpu_count(), help="runs side by side (%(default)s)")
+    add("--out", default=str(HERE / "out" / "compare"), help="folder of runs and results (%(default)s)")
     args = parser.parse_args(argv)
     out = Path(args.out)
     arms = {method: ["--replay", method] for method in args.methods}
-    arms |= {name.strip(): shlex.split(flags) for name, _, flags in (arm.partition(":") for arm in args.arms)}
     try:
+        for name, _, flags in (arm.partition(":") for arm in args.arms):
+            if name.strip() in arms or not re.fullmatch(r"[\w+.-]*\w[\w+.-]*", name.strip()):
+                raise ValueError(f"--arms {name!r}: give it a name of its own, of letters, digits and - + . _")
+            arms[name.strip()] = shlex.split(flags)
         by_lr = run_or_read(args, arms, extra, out)
         names = sorted({run["method"] for run in by_lr.get("", [])}, key=lambda method: (method != "none", method))
         methods = list(arms) or names

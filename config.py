@@ -7,6 +7,7 @@ embedded model; METHODS, what a method's paper does otherwise; the command line.
 import argparse
 import dataclasses
 import inspect
+import math
 import re
 import sys
 from dataclasses import dataclass
@@ -212,6 +213,11 @@ def validate(cfg: Config) -> dict[str, str]:
     }.items():  # fmt: skip
         if getattr(cfg, name) < least:
             raise ValueError(f"--{name.replace('_', '-')} must be at least {least}, got {getattr(cfg, name)}")
+    for name, value in vars(cfg).items():
+        if isinstance(value, float) and not math.isfinite(value) and name != "initial_priority":
+            raise ValueError(f"--{name.replace('_', '-')} must be a finite number, got {value}")
+    if cfg.kl < 0 or (cfg.is_cap or 0) < 0 or (cfg.dual_clip or 2) <= 1:
+        raise ValueError("--kl and --is-cap must be at least 0, and --dual-clip above 1")
     if cfg.temperature <= 0:
         raise ValueError(f"--temperature must be above 0 to train on samples, got {cfg.temperature}")
     if not cfg.lr > 0 or not cfg.grad_clip > 0:

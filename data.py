@@ -1,4 +1,4 @@
-r"""Training prompts: known maths sets, any other of Hugging Face, local files, and the embedded arithmetic task.
+r"""Training prompts: known maths sets, any other of Hugging Face, and local files (tiny.py has the embedded task).
 
 A prompt is text (or chat messages), its token ids as the model will see them, made once, here, and a gold answer.
 
@@ -14,6 +14,7 @@ Known sets are read at the revisions in SOURCES, as several public projects pin 
 hub); without one, the newest, or --data-revision HASH. Whatever the hub does, `fingerprint` tells what was used.
 """
 
+import csv
 import hashlib
 import json
 import logging
@@ -40,11 +41,6 @@ WRAPPERS = (
     r"(?i)Remember to put your answer on its own line after \"Answer:\"\.?$",
     r"(?i)(Let's think|(Please )?reason) step by step,? and (output the|put your) final answer within \\boxed\{\}\.?$",
 )
-
-# The embedded task: zero-padded operands of one to four digits, `0473+0292=`: a model this small does not learn to
-# align digits of varying place. The mix of sizes gives the untrained model about 0.27.
-WIDTH = 4
-SIZES, SIZE_WEIGHTS = (1, 2, 3, 4), (0.06, 0.44, 0.25, 0.25)
 
 Pair = tuple[str | list[dict], str]  # problem (text or chat messages), answer
 
@@ -80,22 +76,6 @@ SOURCES = {
 }
 
 
-def arithmetic(count: int, seed: int = 0) -> list[Pair]:
-    """`count` different (question, answer) pairs of the embedded task, e.g. ('0473+0292=', '765')."""
-    rng = random.Random(seed)
-    pairs: dict[str, str] = {}
-    for _ in range(50 * count + 1000):
-        if len(pairs) == count:
-            return list(pairs.items())
-        size = rng.choices(SIZES, SIZE_WEIGHTS)[0]
-        a, b = (rng.randrange(10 ** (size - 1) if size > 1 else 0, 10**size) for _ in range(2))
-        op = rng.choice("+-")
-        if op == "-" and a < b:
-            a, b = b, a
-        pairs[f"{a:0{WIDTH}d}{op}{b:0{WIDTH}d}="] = str(a + b if op == "+" else a - b)
-    raise ValueError(f"the embedded task has no {count} different problems of these sizes; ask for fewer")
-
-
 def read_rows(path: str) -> list[dict]:
     """Rows of a local .jsonl, .json, .parquet or .csv file. ValueError or OSError says what is wrong, and where."""
     file = Path(path)
@@ -105,20 +85,27 @@ def read_rows(path: str) -> list[dict]:
         raise ValueError(f"{path}: this kind of file is not read; use .jsonl, .json, .parquet or .csv")
     if file.stat().st_size == 0:
         raise ValueError(f"{path} is empty; it needs one JSON object a line with a problem and an answer")
-    if file.suffix in (".parquet", ".csv"):
+    if file.suffix == ".parquet":
         import datasets  # slow to import, and not needed for the embedded task
 
         datasets.disable_progress_bars()
-        read = datasets.Dataset.from_parquet if file.suffix == ".parquet" else datasets.Dataset.from_csv
         try:
-            return read(path).to_list()
+            return datasets.Dataset.from_parquet(path).to_list()
         except (datasets.exceptions.DatasetGenerationError, ValueError) as error:
-            raise ValueError(f"{path} cannot be read as {file.suffix[1:]}: {error.__cause__ or error}") from error
+            raise ValueError(f"{path} cannot be read as parquet: {error.__cause__ or error}") from error
     # Plain json rather than Arrow: an answer column that mixes 5 and "5/2" is common, and the line number is exact.
     try:
-        text = file.read_text(encoding="utf-8")
+        text = file.read_text(encoding="utf-8-sig")  # with or without a byte order mark
+        if file.suffix == ".csv":  # all as text: 007 stays 007
+            rows = list(csv.DictReader(text.splitlines(keepends=True), strict=True))
+            wrong = next((n for n, row in enumerate(rows, 1) if None in row or None in row.values()), None)
+            if wrong:
+                raise ValueError(f"{path} row {wrong} has not as many fields as there are columns; quote its commas")
+            return rows
         lines = [text] if file.suffix == ".json" and text.lstrip().startswith("[") else text.split("\n")
         rows = [json.loads(line) for line in lines if line.strip()]
+    except csv.Error as error:
+        raise ValueError(f"{path} cannot be read as csv: {error}") from error
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8 text ({error}); save it as UTF-8") from error
     except json.JSONDecodeError as error:
@@ -340,7 +327,11 @@ def encode(pairs: list[Pair], tokenizer, max_tokens: int, thinking: bool | None 
             ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False, **options)
         else:
             text = text if isinstance(text, str) else "\n".join(message["content"] for message in text)
-            ids = tokenizer(text)["input_ids"]
+            try:
+                ids = tokenizer(text)["input_ids"]
+            except Exception as error:  # tokenizers knows no kinds
+                what = f"the tokenizer cannot read {text[:60]!r} ({error})"
+                raise ValueError(f"{what}; the embedded model knows sums only: give --model") from error
         if len(ids) > 1 and ids[0] == ids[1] == tokenizer.bos_token_id:  # one in the text, one of the tokenizer
             ids = ids[1:]
         if len(ids) <= max_tokens:

@@ -20,6 +20,7 @@ Departures from the usual code, each on purpose:
 Letters: P prompts, G answers per prompt, S sequences, N answer tokens.
 """
 
+import math
 import random
 
 import torch
@@ -223,7 +224,13 @@ def update(model, optimizer, sequences: list[Sequence], cfg, step: int, referenc
                 sums["kl"] += penalty.item() / len(work)
             (loss * ranks.world()).backward()  # FSDP takes the mean over ranks, and the loss is a sum
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip)
-        grad_norm += (norm.full_tensor() if hasattr(norm, "full_tensor") else norm).item() / len(work)
+        norm = (norm.full_tensor() if hasattr(norm, "full_tensor") else norm).item()
+        if not math.isfinite(norm):
+            raise FloatingPointError(
+                f"the gradient of step {step} is {norm}; the newest checkpoint is older: lower --lr or look at the "
+                "rewards, and go on with --resume"
+            )
+        grad_norm += norm / len(work)
         optimizer.step()
         optimizer.zero_grad()
     model.eval()

@@ -258,16 +258,19 @@ def summary(rows: list[dict]) -> str:
             gain, error, n = (rows[-1][f"gain_{name}{part}"] for part in ("", "_se", "_n"))
             lines += [f"pass rate from one visit to the next by {visitor}: {gain:+.3f} +- {error:.3f} ({n:,} visits)"]
     if "gain_replay" in rows[-1]:
-        lines += [advice(rows[-1]["gain_replay"])]
-    sizes = [row["ess_replayed"] for row in rows if "ess_replayed" in row]
+        lines += [advice(rows[-1]["gain_replay"], rows[-1]["gain_replay_se"])]
+    used = [row for row in rows if sum(row.get("group_ages", [])) + sum(row.get("rollout_ages", []))]  # not DAPO's
+    sizes = [row["ess_replayed"] for row in used if "ess_replayed" in row]
     if sizes:
         size = sum(sizes) / len(sizes)
         lines += [f"effective sample size of stored answers used again: {size:.3f} of 1: {advice_on_stored(size)}"]
     return "\n".join(lines)
 
 
-def advice(gain: float) -> str:
+def advice(gain: float, error: float) -> str:
     """What the gauge means for replay in this run; the bounds are from simulate.py and the embedded task (LOG.md)."""
+    if any(abs(gain - bound) < 2 * error for bound in (0.1, 0.25)) or error > 0.05 or gain < 2 * error:
+        return "too few visits, or too little learnt by them, to say what that means for replay"
     if gain < 0.1:
         return "a visit moves a prompt little: bringing back prompts of medium pass rate usually saves rollouts here"
     if gain < 0.25:

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import torch
 from transformers.utils import is_flash_attn_2_available
 
+import ranks
+
 
 class _ChunkedLogProb(torch.autograd.Function):
     """log-prob and entropy of targets from hidden states, a chunk of tokens at a time: [N, V] logits never exist."""
@@ -197,6 +199,39 @@ def choose_attention(model, name: str) -> None:
     except (ImportError, RuntimeError, ValueError) as error:
         what = " ".join(str(error).split())[:300]
         raise ValueError(f"--attention {name} does not work here ({what}); leave it out, or say sdpa") from error
+
+
+def load_model(path: str, gradient_checkpointing=False, attention="auto", device: str | None = None):
+    """Model in float32 (bf16 weights do not move at lr 1e-6), tokenizer, and the ids that end an answer. On the GPU if
+    there is one, but for several ranks on the CPU: sharding takes it from there layer by layer, as it need not fit."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer, logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path)
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    except Exception as error:  # transformers raises half a dozen kinds here, some with pages of text
+        first = str(error).strip().split("\n")[0]
+        what = f"no model can be loaded from {path!r} ({type(error).__name__}: {first})"
+        raise ValueError(f"{what}; give a Hugging Face id, or a folder with config, weights and tokenizer") from error
+    stop = model.generation_config.eos_token_id
+    stop = set(stop if isinstance(stop, list) else [stop]) | {tokenizer.eos_token_id}
+    if gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    model = model.to(device or ("cuda" if torch.cuda.is_available() and ranks.world() == 1 else "cpu")).eval()
+    without_dropout(model)
+    choose_attention(model, attention)
+    return model, tokenizer, sorted(stop - {None})
+
+
+def without_dropout(model) -> None:
+    """The policy that is trained has to be the one that sampled; dropout would make it another at every pass."""
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+        if isinstance(getattr(module, "attention_dropout", None), float):
+            module.attention_dropout = 0.0
 
 
 class Scorer(torch.nn.Module):

@@ -8,12 +8,15 @@ of the prompts with an engine of its own, and is handed everyone's groups. The t
 """
 
 import os
+import signal
+import sys
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
+from tqdm import tqdm
 
 
 def start() -> None:
@@ -86,6 +89,25 @@ def largest(value: float) -> float:
     if world() > 1:
         dist.all_reduce(most, dist.ReduceOp.MAX)
     return most.item()
+
+
+class Stop:
+    """Ctrl-C and SIGTERM let the step in hand finish, then the run is saved and left; a second one stops at once."""
+
+    def __init__(self):
+        self.signal = 0
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self.note)
+
+    def note(self, number, _frame):
+        if self.signal:
+            raise KeyboardInterrupt
+        self.signal = number
+        tqdm.write("stopping after this step; once more to stop at once", file=sys.stderr)
+
+    def agreed(self) -> int:
+        """The signal that any rank has had, so that all of them leave after the same step."""
+        return int(largest(self.signal))  # never assigned: a signal that comes right now must not be lost
 
 
 def shard(module: torch.nn.Module, layers: list[torch.nn.Module], bfloat16: bool) -> None:

@@ -21,6 +21,7 @@ import signal
 import subprocess
 import sys
 import threading
+import traceback
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
@@ -59,6 +60,10 @@ def gold_text(gold):
 
 class VerifierBroken(RuntimeError):
     """Too many answers could not be judged at all: their zeros would be no verdicts."""
+
+
+class RewardBroken(RuntimeError):
+    """A user's reward function does not do what it has to."""
 
 
 # ---- the children, one for each thread of a pool
@@ -189,7 +194,8 @@ def grade_always(responses, golds):
 
 
 REWARDS = {"math": grade, "equation": grade_equation, "format": grade_format}
-REWARDS |= {"random": grade_random, "always": grade_always}
+CONTROLS = {"random": grade_random, "always": grade_always}  # they know nothing of the task
+REWARDS |= CONTROLS
 
 
 def load(name):
@@ -203,19 +209,28 @@ def load(name):
         raise FileNotFoundError(f"--reward {name}: there is no file {os.path.abspath(path)}")
     spec = importlib.util.spec_from_file_location("user_reward", path)
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:  # it is the user's code
+        raise ValueError(f"--reward {name}: {path} cannot be imported ({type(error).__name__}: {error})") from error
     user = getattr(module, function, None)
     if not callable(user):
         raise ValueError(f"--reward {name}: define a function {function}(responses, golds) in {path}")
 
     def checked(responses, golds):
-        rewards = user(responses, golds)
+        try:
+            rewards = user(responses, golds)
+        except Exception as error:  # it is the user's code
+            line = traceback.extract_tb(error.__traceback__)[-1].lineno
+            what = f"{type(error).__name__}: {error}, line {line}"
+            raise RewardBroken(f"--reward {name} failed ({what}); mend it, and go on with --resume") from error
         rewards = rewards.tolist() if hasattr(rewards, "tolist") else rewards  # numpy, torch
         if not isinstance(rewards, list | tuple) or len(rewards) != len(responses):
-            raise ValueError(f"--reward {name}: return a list of {len(responses)} rewards, one for each response")
+            raise RewardBroken(f"--reward {name}: return a list of {len(responses)} rewards, one for each response")
+        rewards = [reward.item() if hasattr(reward, "item") else reward for reward in rewards]
         for reward in rewards:
             if not isinstance(reward, int | float) or not 0 <= reward <= 1:
-                raise ValueError(f"--reward {name}: return numbers from 0 to 1, not {reward!r}")
+                raise RewardBroken(f"--reward {name}: return numbers from 0 to 1, not {reward!r}")
         return [float(reward) for reward in rewards]
 
     return checked

@@ -23,7 +23,7 @@ import torch.distributed as dist
 import ranks
 from buffer import Group
 from data import Prompt
-from logprobs import Scorer, Sequence, choose_attention
+from logprobs import Scorer, Sequence, load_model
 
 
 def request_seed(seed: int, step: int, prompt: int, sample: int) -> int:
@@ -47,29 +47,6 @@ def sample(logits: torch.Tensor, noise: torch.Tensor, temperature: float) -> tup
         token = torch.searchsorted(cumulative, (noise * cumulative[:, -1])[:, None], right=True)[:, 0]
         token = token.clamp(max=logits.shape[-1] - 1)
     return token, logprobs.gather(1, token[:, None])[:, 0]
-
-
-def load_model(path: str, gradient_checkpointing=False, attention="auto", device: str | None = None):
-    """Model in float32 (bf16 weights do not move at lr 1e-6), tokenizer, and the ids that end an answer. On the GPU if
-    there is one, but for several ranks on the CPU: sharding takes it from there layer by layer, as it need not fit."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer, logging
-
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(path)
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
-    except Exception as error:  # transformers raises half a dozen kinds here, some with pages of text
-        first = str(error).strip().split("\n")[0]
-        what = f"no model can be loaded from {path!r} ({type(error).__name__}: {first})"
-        raise ValueError(f"{what}; give a Hugging Face id, or a folder with config, weights and tokenizer") from error
-    stop = model.generation_config.eos_token_id
-    stop = set(stop if isinstance(stop, list) else [stop]) | {tokenizer.eos_token_id}
-    if gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    model = model.to(device or ("cuda" if torch.cuda.is_available() and ranks.world() == 1 else "cpu")).eval()
-    choose_attention(model, attention)
-    return model, tokenizer, sorted(stop - {None})
 
 
 def make_groups(prompts: list[Prompt], n: int, step: int, tokens: list, logprobs: list, truncated: list) -> list[Group]:

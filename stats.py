@@ -206,6 +206,9 @@ def compare(a: dict, b: dict, paths: list[str]) -> str:
     lines = [f"A {paths[0]}", f"B {paths[1]}"]
     lines += [f"note: {key} {x} in A, {b['settings'].get(key)} in B" for key, x in a["settings"].items()
               if key not in ("model", "weights") and x != b["settings"].get(key)]  # fmt: skip
+    both = {name: (a["benchmarks"][name], b["benchmarks"][name]) for name in names}
+    lines += [f"note: {name} was scored by {x.get('reward')} in A, {y.get('reward')} in B"
+              for name, (x, y) in both.items() if x.get("reward") != y.get("reward")]  # fmt: skip
     lines += [f"note: {name} is in one of them only" for name in a["benchmarks"].keys() ^ b["benchmarks"].keys()]
     wide = max(map(len, found))
     lines += [f"{'':{wide}}{'problems':>10}{'B - A':>8}  {'95 % interval':16}{'p':>8}{'needed':>10}{'seen':>8}"]

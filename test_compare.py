@@ -2,6 +2,7 @@
 
 import json
 import math
+import shlex
 
 import pytest
 
@@ -45,7 +46,7 @@ def test_cost_to_reach_a_level_is_where_accuracy_at_reaches_it():
 
 def test_runs_that_cannot_be_paired_are_refused():
     runs = [run_of("none", 0, [0.1, 0.2]), run_of("prompt", 1, [0.1, 0.2])]
-    with pytest.raises(ValueError, match="no run of prompt has a seed in common"):
+    with pytest.raises(ValueError, match="no run of prompt has a seed of those of none"):
         compare.analyse(runs, ["none", "prompt"])
     with pytest.raises(ValueError, match="same method and seed"):
         compare.analyse([*runs, run_of("prompt", 1, [0.1, 0.3])], ["none", "prompt"])
@@ -53,7 +54,10 @@ def test_runs_that_cannot_be_paired_are_refused():
 
 def test_one_seed_has_no_interval():
     runs = [run_of("none", 0, [0.1, 0.2]), run_of("prompt", 0, [0.1, 0.3])]
-    assert "+9.0 (one seed)" in compare.table(compare.analyse(runs, ["none", "prompt"]))
+    text = compare.table(compare.analyse(runs, ["none", "prompt"]))
+    assert "+9.0 (one seed)" in text
+    widths = [line.count("|") for line in text.splitlines() if line.startswith("|")]
+    assert widths[:4] == [widths[0]] * 4 and widths[4:] == [5] * 4  # no level was reached: no column for one
 
 
 def test_paired_differences_have_students_interval():
@@ -96,9 +100,17 @@ def test_a_torn_run_is_one_line(tmp_path, capsys):
     assert "has not every step once; remove the folder" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("flags", ["", "--methods none out/run", "/nowhere", "--methods none nonsense --seeds 1"])
+BAD = ["", "--methods none out/run", "/nowhere", "--methods none nonsense --seeds 1", "--methods none --jobs 0"]
+BAD += [
+    "--methods none --seeds 0",
+    "--methods none --arms 'none: --epochs 2'",
+    "--methods none --arms '../x: --epochs 2'",
+]
+
+
+@pytest.mark.parametrize("flags", BAD)
 def test_bad_input_is_one_line(flags, capsys, tmp_path):
-    assert compare.main([*flags.split(), "--out", str(tmp_path)]) == 2
+    assert compare.main([*shlex.split(flags), "--out", str(tmp_path)]) == 2
     assert capsys.readouterr().err.startswith("error: ")
 
 
@@ -121,6 +133,8 @@ def test_the_whole_command_and_again_without_running(tmp_path, capsys):
     assert compare.main([*command, *flags, "--lr", "1e-3"]) == 2 and "holds a run with --lr 0.0005, not 0.001" in (
         capsys.readouterr().err
     )
+    assert compare.main(command + flags[:3]) == 2  # one that was given is missing
+    assert "holds a run with --" in capsys.readouterr().err
     folders = [str(p.parent) for p in before if not p.parent.name.startswith("fifo")]
     assert compare.main([*folders, "--out", str(tmp_path / "again")]) == 0
     assert "| prompt | 2 |" in capsys.readouterr().out

@@ -13,24 +13,24 @@ import tiny
 
 
 def test_embedded_task_is_right_and_without_repeats():
-    pairs = data.arithmetic(2400)
+    pairs = tiny.arithmetic(2400)
     assert len({question for question, _ in pairs}) == 2400
     for question, answer in pairs:
         assert len(question) == 10 and question[4] in "+-" and question[9] == "="
         assert eval(f"{int(question[:4])}{question[4]}{int(question[5:9])}") == int(answer) >= 0
-    assert pairs == data.arithmetic(2400) and pairs != data.arithmetic(2400, seed=1)
+    assert pairs == tiny.arithmetic(2400) and pairs != tiny.arithmetic(2400, seed=1)
 
 
 def test_more_problems_than_there_are_is_refused(monkeypatch):
-    monkeypatch.setattr(data, "SIZE_WEIGHTS", (1, 0, 0, 0))  # one digit: 100 sums and 55 differences
-    assert len(data.arithmetic(150)) == 150
+    monkeypatch.setattr(tiny, "SIZE_WEIGHTS", (1, 0, 0, 0))  # one digit: 100 sums and 55 differences
+    assert len(tiny.arithmetic(150)) == 150
     with pytest.raises(ValueError, match="fewer"):
-        data.arithmetic(160)
+        tiny.arithmetic(160)
 
 
 def test_pupil_errs_at_its_stated_rate_and_otherwise_is_right():
     pupil, rng = tiny.Pupil(), random.Random(0)
-    for question, answer in data.arithmetic(30, seed=3):
+    for question, answer in tiny.arithmetic(30, seed=3):
         answers = [pupil.answer(question, rng) for _ in range(400)]
         assert all(len(a) + 1 == tiny.ANSWER_TOKENS for a in answers)
         right = sum(int(a.split("=")[1]) == int(answer) for a in answers) / 400
@@ -499,3 +499,20 @@ def test_chat_template_is_applied_once_as_ids():
     assert tokenizer.decode(prompt.ids) == "=123=+" and isinstance(prompt.ids[0], int)
     (prompt,), _ = data.encode([([{"role": "user", "content": "42"}], "1")], tokenizer, 100)
     assert tokenizer.decode(prompt.ids) == "=42=+"
+
+
+def test_csv_is_text_and_its_rows_are_whole(tmp_path):
+    path = tmp_path / "x.csv"
+    path.write_text('\ufeffproblem,answer\r\n"What is 1, plus 2?",007\r\n"two\nlines",0.50\r\nthree,None\r\n')
+    rows = [("What is 1, plus 2?", "007"), ("two\nlines", "0.50"), ("three", "None")]
+    assert data.from_rows(data.read_rows(str(path)), str(path)) == rows
+    for line in ("What is 1, plus 2?,3", "no answer"):
+        path.write_text(f"problem,answer\na,1\n{line}\n")
+        with pytest.raises(ValueError, match="row 2 has not as many fields"):
+            data.read_rows(str(path))
+
+
+def test_json_lines_may_hold_any_character_and_a_byte_order_mark(tmp_path):
+    path = tmp_path / "x.jsonl"
+    path.write_text('\ufeff{"problem": "a\u2028b\x85c", "answer": 1}\r\n{"problem": "d", "answer": "2"}\n', newline="")
+    assert data.from_rows(data.read_rows(str(path)), "x") == [("a\u2028b\x85c", "1"), ("d", "2")]

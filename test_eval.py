@@ -715,14 +715,14 @@ def test_embedded_model_on_its_held_out_problems(tmp_path, capsys):
     assert len(one["ids"]) == 400
     assert [int(k) for k in one["pass"]] == [1]
     model, tokenizer, stop_ids = rollout.load_model(str(TINY))
-    prompts, _ = data.encode(data.arithmetic(2400)[:400], tokenizer, 64)
+    prompts, _ = data.encode(tiny.arithmetic(2400)[:400], tokenizer, 64)
     engine = rollout.TransformersEngine(model, stop_ids, 15, 1.0, 512)
     in_training = eval.accuracy(engine, prompts, tokenizer, reward.load("equation"), samples=1, seed=0)
     assert fmean(row[0] for row in one["scores"]) == pytest.approx(in_training)
     assert 0.2 < in_training < 0.4
     assert re.search(r"^embedded +400 +2 ", capsys.readouterr().out, re.M)
     pupil = tiny.Pupil()
-    truth = fmean(pupil.pass_rate(question) for question, _ in data.arithmetic(2400)[:400])
+    truth = fmean(pupil.pass_rate(question) for question, _ in tiny.arithmetic(2400)[:400])
     assert one["avg"]["low"] - 0.03 < truth < one["avg"]["high"] + 0.03
 
 

@@ -1077,6 +1077,23 @@ def test_loss_and_gradient_equal_those_of_trl(tmp_path, theirs, ours, corrected)
         assert sum(clipped) / len(clipped) == pytest.approx(share)
 
 
+def test_the_policy_that_is_trained_has_no_dropout(tmp_path):
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    from logprobs import without_dropout
+
+    torch.manual_seed(0)
+    models = [GPT2LMHeadModel(GPT2Config(vocab_size=VOCABULARY, n_embd=16, n_layer=2, n_head=2, n_positions=64))]
+    models += [small_model("llama")]
+    models[1].model.layers[0].self_attn.attention_dropout = 0.5
+    ids = torch.randint(VOCABULARY, (3, 20))
+    for model in models:
+        model.train()
+        assert not torch.equal(model(input_ids=ids).logits, model(input_ids=ids).logits)
+        without_dropout(model)
+        torch.testing.assert_close(model(input_ids=ids).logits, model.eval()(input_ids=ids).logits)
+
+
 def test_drift_is_the_mean_k3_from_each_groups_own_sampler():
     model, sequences = small_model(), random_sequences(7, seed=3)
     with torch.no_grad():

@@ -183,7 +183,8 @@ def test_gauge_is_the_mean_change_from_visit_to_visit_apart_for_replay_and_epoch
     again = log.Gauge(4)
     again.load_state_dict(gauge.state_dict())
     assert again.figures() == figures
-    assert len({log.advice(gain) for gain in (0.0, 0.1, 0.3)}) == 3
+    assert len({log.advice(gain, 0.01) for gain in (0.01, 0.05, 0.2, 0.3)}) == 4
+    assert log.advice(0.054, 0.047) == log.advice(0.2, 0.03) == log.advice(0.01, 0.01)
 
 
 def test_closing_lines_say_how_far_from_on_policy_stored_answers_were():
@@ -192,4 +193,4 @@ def test_closing_lines_say_how_far_from_on_policy_stored_answers_were():
     )
     assert "stored" not in log.summary([row])
     for sizes, words in (((1.0, 0.98), "0.990 of 1: nearly"), ((0.92,), "may save or cost"), ((0.8,), "stale")):
-        assert words in log.summary([row, *(row | {"ess_replayed": size} for size in sizes)])
+        assert words in log.summary([row, *(row | {"ess_replayed": size, "group_ages": [0, 1]} for size in sizes)])

@@ -239,13 +239,13 @@ def test_out_of_memory_says_what_to_change(cards):
 def report(**settings) -> str:
     tokenizer, config = tiny.make_tokenizer(), tiny.make_model(0).config
     settings = {"max_prompt_tokens": 32, "max_tokens": 15} | settings
-    prompts, _ = data.encode(data.arithmetic(3), tokenizer, 100)
+    prompts, _ = data.encode(tiny.arithmetic(3), tokenizer, 100)
     return plan.report(Config(**settings), ["max_tokens"], config, tokenizer, prompts)
 
 
 def test_report_holds_configuration_prompt_tokens_memory_and_verdict():
     text = report(gpus="2x24", answers_per_prompt=8)
-    question, answer = data.arithmetic(1)[0]
+    question, answer = tiny.arithmetic(1)[0]
     for part in (
         " * max_tokens              15", "   answers_per_prompt      8", f"  | {question}\n", f"answer: {answer}",
         "first of 3 prompts as the model sees it, 10 tokens", "32 prompts x 8 answers = 256 answers", "3,840 tokens",

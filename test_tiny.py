@@ -30,7 +30,7 @@ def test_the_reward_sees_the_pupil_err_at_its_stated_rates(sharing):
 
 
 def test_how_many_prompts_share_a_fact():
-    questions = [question for question, _ in data.arithmetic(2000)]
+    questions = [question for question, _ in tiny.arithmetic(2000)]
     used = {}
     for sharing in ("digits", "columns"):
         pupil = tiny.make_pupil(sharing)
@@ -62,7 +62,7 @@ def test_difficulty_and_size_of_the_pool(sharing):
 
 def test_the_usual_task_is_what_it_was():
     train, held_out = tiny.problems("digits", 400)
-    pairs = data.arithmetic(2400)
+    pairs = tiny.arithmetic(2400)
     assert (train, held_out) == (pairs[400:], pairs[:400])
 
 
@@ -88,3 +88,10 @@ def test_the_model_learns_the_habits_of_a_task_without_sharing():
     wanted = [pupil.pass_rate(question) for question, _ in pairs]
     assert sum(abs(a - b) < 0.3 for a, b in zip(seen, wanted, strict=True)) > 0.9 * len(pairs)
     assert abs(sum(seen) - sum(wanted)) / len(pairs) < 0.06
+
+
+def test_held_out_problems_are_never_trained_on():
+    for difficulty in ((0.0, 1.0), (0.0, 0.3)):
+        _, held_out = tiny.problems("digits", tiny.HELD_OUT, difficulty)
+        for count in (0, 20, 400):
+            assert not set(tiny.problems("digits", count, difficulty)[0]) & set(held_out)

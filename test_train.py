@@ -230,6 +230,14 @@ BAD_FLAGS = {
     "--replay dapo+group": "dapo and group",
     "--replay adaptive+group": "adaptive and group",
     "--replay group --min-ess 1": "min_ess",
+    "--replay group --max-fill 7": "max_fill",
+    "--temperature nan": "--temperature must be a finite number",
+    "--lr inf": "--lr must be a finite number",
+    "--kl -1": "--kl and --is-cap",
+    "--is-cap -1": "--kl and --is-cap",
+    "--dual-clip 0.5": "--dual-clip above 1",
+    "--dry-run --reward nosuch": "nosuch",
+    "--dry-run --share 7": "share",
     "--replay prompt+": "not known",
     "--reward nonsense": "nonsense",
     "--advantage median": "median",
@@ -304,6 +312,52 @@ def test_what_a_method_sets_does_not_depend_on_the_order_of_names():
         one.replay = two.replay = ""
         assert one == two
         config.validate(config.parse(["--replay", "+".join(names)], "")[0])
+
+
+def test_a_file_in_the_place_of_the_folder_and_a_broken_checkpoint(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    assert train.main([*SMALL, "--out", str(tmp_path / "file")]) == 2
+    assert "is a file" in capsys.readouterr().err
+    run(tmp_path / "run", "--steps", "2")
+    state = checkpoint.newest(tmp_path / "run") / "state.pt"
+    state.write_bytes(state.read_bytes()[:1000])
+    assert train.main([*SMALL, *QUICK, "--out", str(tmp_path / "run"), "--steps", "3", "--resume"]) == 2
+    assert "cannot be read" in capsys.readouterr().err
+
+
+def test_problems_that_the_embedded_model_cannot_read(tmp_path, capsys):
+    (tmp_path / "data.jsonl").write_text('{"problem": "What is 1+1?", "answer": "2"}\n' * 20)
+    assert train.main([*SMALL, "--data", str(tmp_path / "data.jsonl"), "--out", str(tmp_path / "run")]) == 2
+    assert "knows sums only: give --model" in capsys.readouterr().err
+
+
+BROKEN = {
+    "raise KeyError('gone')": "KeyError: 'gone', line 2",
+    "return [1.0]": "return a list of",
+    "return [float('nan')] * len(responses)": "from 0 to 1, not nan",
+    "return [-1] * len(responses)": "from 0 to 1, not -1",
+}
+
+
+@pytest.mark.parametrize("body", BROKEN)
+def test_a_reward_function_that_does_not_do_what_it_has_to(tmp_path, capsys, body):
+    (tmp_path / "mine.py").write_text(f"def reward(responses, golds):\n    {body}\n")
+    assert train.main([*SMALL, "--reward", f"{tmp_path / 'mine.py'}:reward", "--out", str(tmp_path / "run")]) == 2
+    error = capsys.readouterr().err.strip().splitlines()
+    assert BROKEN[body] in error[-1] and "Traceback" not in "".join(error)
+
+
+def test_controls_are_judged_by_the_task(tmp_path):
+    rows = run(tmp_path / "run", "--reward", "always", "--steps", "4")
+    assert all(row["reward"] == 1 for row in rows) and rows[-1]["eval_accuracy"] < 0.9
+
+
+def test_a_gradient_that_is_not_finite_stops_the_run_before_it_is_used(tmp_path, capsys, monkeypatch):
+    run(tmp_path / "run", "--steps", "5")
+    monkeypatch.setattr(train.grpo, "advantages", lambda rewards, kind: rewards * float("nan"))
+    flags = [*SMALL, *QUICK, "--out", str(tmp_path / "run"), "--steps", "20", "--resume"]
+    assert train.main(flags) == 1 and "the gradient of step" in capsys.readouterr().err
+    assert checkpoint.newest(tmp_path / "run").name == "step-00000005"
 
 
 def test_every_setting_is_a_flag_with_help(capsys):

@@ -9,14 +9,12 @@ One step is in `train`: draw prompts, generate, score, observe, complete the bat
 
 import copy
 import json
-import signal
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 import benchmarks
 import checkpoint
@@ -34,9 +32,9 @@ import tiny
 from adaptive import Adaptive
 from buffer import Group, GroupReplay, RolloutReplay, Surplus, make_stores
 from config import Config
-from logprobs import Scorer, Sequence
+from logprobs import Scorer, Sequence, load_model
 from replay import GRESO, Prioritized, PromptReplay, Uniform
-from rollout import EngineAstray, TransformersEngine, VLLMEngine, load_model, make_engine
+from rollout import EngineAstray, TransformersEngine, VLLMEngine, make_engine
 
 HERE = Path(__file__).parent
 
@@ -53,6 +51,7 @@ class Run:
     engine: TransformersEngine | VLLMEngine
     optimizer: torch.optim.Optimizer
     reward: Callable[[list[str], list[str]], list[float]]
+    judge: Callable[[list[str], list[str]], list[float]]  # of held-out answers: the same, or for a control the task's
     prompts: list[data.Prompt]
     held_out: list[data.Prompt]
     digest: str  # of the prompts: a run is resumed on the data it was started on
@@ -70,7 +69,8 @@ def prepare(cfg: Config) -> Run:
     switches, mirror = config.validate(cfg), log.Mirror(cfg.wandb, cfg.tensorboard)
     torch.set_num_threads(cfg.threads or torch.get_num_threads())
     reward_function = reward.load(cfg.reward)
-    if reward_function is reward.grade:
+    judge = reward.load(("math" if cfg.data else "equation") if cfg.reward in reward.CONTROLS else cfg.reward)
+    if judge is reward.grade:
         reward.start()  # its child processes, before CUDA
     ranks.start()
     folder = Path(ranks.from_main(str(checkpoint.choose_folder(cfg, HERE / "out"))))
@@ -95,8 +95,8 @@ def prepare(cfg: Config) -> Run:
         ranks.shard(module, layers, cfg.dtype == "bfloat16")
     run = Run(
         cfg=cfg, folder=folder, model=scorer, reference=reference, tokenizer=tokenizer, engine=engine,
-        optimizer=grpo.make_optimizer(scorer, cfg), reward=reward_function, prompts=prompts, held_out=held_out,
-        digest=data.fingerprint((p.text, p.answer) for p in prompts), sampler=sampler, stores=stores,
+        optimizer=grpo.make_optimizer(scorer, cfg), reward=reward_function, judge=judge, prompts=prompts,
+        held_out=held_out, digest=data.fingerprint((p.text, p.answer) for p in prompts), sampler=sampler, stores=stores,
         gauge=log.Gauge(len(prompts)), mirror=mirror,
     )  # fmt: skip
     if cfg.resume:
@@ -145,9 +145,12 @@ def load_prompts(cfg: Config, tokenizer) -> tuple[list[data.Prompt], list[data.P
 
 def dry_run(cfg: Config, given: list[str]) -> str:
     """What a run would do and need; loads no weights."""
-    config.validate(cfg)
+    switches, _ = config.validate(cfg), reward.load(cfg.reward)
+    checkpoint.choose_folder(cfg, HERE / "out")
     kind, tokenizer = plan.read(cfg.model) if cfg.model else (tiny.make_model(0).config, tiny.make_tokenizer())
-    return plan.report(cfg, given, kind, tokenizer, load_prompts(cfg, tokenizer)[0])
+    prompts = load_prompts(cfg, tokenizer)[0]
+    make_sampler(switches.get("prompts"), len(prompts), cfg), make_stores(switches, cfg)  # refuse what a run would
+    return plan.report(cfg, given, kind, tokenizer, prompts)
 
 
 # ---------------------------------------------------------------- one step, in parts
@@ -196,28 +199,9 @@ def training_sequences(run: Run, batch: list[Group], step: int) -> list[Sequence
     return list(sequences.values())
 
 
-class Stop:
-    """Ctrl-C and SIGTERM let the step in hand finish, then the run is saved and left; a second one stops at once."""
-
-    def __init__(self):
-        self.signal = 0
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self.note)
-
-    def note(self, number, _frame):
-        if self.signal:
-            raise KeyboardInterrupt
-        self.signal = number
-        tqdm.write("stopping after this step; once more to stop at once", file=sys.stderr)
-
-    def agreed(self) -> int:
-        """The signal that any rank has had, so that all of them leave after the same step."""
-        return int(ranks.largest(self.signal))  # never assigned: a signal that comes right now must not be lost
-
-
 def evaluate(run: Run) -> float:
     mine = ranks.share(run.held_out)
-    settings = (run.tokenizer, run.reward, run.cfg.eval_samples, run.cfg.seed)
+    settings = (run.tokenizer, run.judge, run.cfg.eval_samples, run.cfg.seed)
     mean = eval.accuracy(run.engine, mine, *settings)  # without prompts too: ranks may share an engine
     return ranks.total([mean * len(mine)])[0] / len(run.held_out)
 
@@ -230,7 +214,7 @@ def record(run: Run, step: int, groups: list[Group], batch: list[Group], trained
     run.gauge.observe(groups, run.sampler.epochs.replays)
     row = {"step": step} | log.rollout_figures(groups, run.sampler.epochs.replays) | trained | run.gauge.figures()
     row |= {"distinct_prompts": int(run.sampler.epochs.seen.sum()), "rollouts": run.rollouts, "tokens": run.tokens}
-    row |= {"lr": run.cfg.lr, "trained_groups": len(batch)} | run.sampler.figures()
+    row |= {"lr": run.cfg.lr, "trained_groups": sum(len(group.tokens) > 1 for group in batch)} | run.sampler.figures()
     graded = reward.counts()
     row |= dict(zip(graded, map(int, ranks.total(list(graded.values()))), strict=True))
     for store in run.stores.values():
@@ -241,7 +225,7 @@ def record(run: Run, step: int, groups: list[Group], batch: list[Group], trained
 
 def train(run: Run) -> int:
     """The loop. Returns the signal that ended it early, or 0."""
-    cfg, stop, ended_by = run.cfg, Stop(), 0
+    cfg, stop, ended_by = run.cfg, ranks.Stop(), 0
     if 0 < cfg.max_rollouts <= run.rollouts:
         return 0  # resumed when nothing was left to do
     surplus = run.stores.get("dapo")
@@ -340,9 +324,9 @@ def main(argv: list[str]) -> int:
         kind, _ = plan.read(cfg.model or str(tiny.home(HERE / "out", cfg.sharing)))
         print(f"error: {plan.out_of_memory(cfg, kind)}", file=sys.stderr)
         return 2
-    except (EngineAstray, reward.VerifierBroken) as error:
+    except (EngineAstray, FloatingPointError, reward.VerifierBroken, reward.RewardBroken) as error:
         print(f"error: {error}", file=sys.stderr)
-        return 1
+        return 2 if isinstance(error, reward.RewardBroken) else 1
 
 
 if __name__ == "__main__":

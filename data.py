@@ -16,6 +16,7 @@ hub); without one, the newest, or --data-revision HASH. Whatever the hub does, `
 
 import csv
 import hashlib
+import io
 import json
 import logging
 import random
@@ -97,7 +98,7 @@ def read_rows(path: str) -> list[dict]:
     try:
         text = file.read_text(encoding="utf-8-sig")  # with or without a byte order mark
         if file.suffix == ".csv":  # all as text: 007 stays 007
-            rows = list(csv.DictReader(text.splitlines(keepends=True), strict=True))
+            rows = list(csv.DictReader(io.StringIO(text, newline=""), strict=True))
             wrong = next((n for n, row in enumerate(rows, 1) if None in row or None in row.values()), None)
             if wrong:
                 raise ValueError(f"{path} row {wrong} has not as many fields as there are columns; quote its commas")

@@ -62,7 +62,7 @@ class VerifierBroken(RuntimeError):
     """Too many answers could not be judged at all: their zeros would be no verdicts."""
 
 
-class RewardBroken(RuntimeError):
+class RewardBroken(ValueError):
     """A user's reward function does not do what it has to."""
 
 

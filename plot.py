@@ -186,9 +186,12 @@ def forest(results: dict[str, dict], methods: list[str], path: Path) -> Path:
             test = result["methods"][method]["difference"]["rollouts"]
             mean, low, high = (100 * test[key] for key in ("mean", "low", "high"))
             colour = GREY if test["p_holm"] >= 0.05 else BLUE if mean > 0 else ORANGE
+            if abs(mean) > 9:  # off the scale that suits the others
+                axis.text(9.8 if mean > 0 else -9.8, i, f"{mean:+.0f}", color=colour, ha="center", va="center")
+                continue
             axis.errorbar(mean, i, xerr=[[mean - low], [high - mean]], fmt="o", color=colour, markersize=4, capsize=2)
         axis.set_title(f"{title}\n{methods[0]}: {100 * base:.1f} %", fontsize=9)
-        axis.set(ylim=(len(methods) - 1.5, -0.5))
+        axis.set(xlim=(-11, 11), ylim=(len(methods) - 1.5, -0.5))
         axis.set_yticks(range(len(methods) - 1), methods[1:], fontsize=9)
         axis.tick_params(axis="y", length=0)
         axis.spines[["top", "right", "left"]].set_visible(False)

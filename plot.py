@@ -247,5 +247,8 @@ def regimes(cells: list[dict], path: Path) -> Path:
 
 
 if __name__ == "__main__":
-    for name in sys.argv[1:]:
-        print(curves(Path(name)))
+    try:
+        for name in sys.argv[1:]:
+            print(curves(Path(name)))
+    except OSError as error:
+        sys.exit(f"error: {error}; give folders of runs")

@@ -124,7 +124,7 @@ def load_prompts(cfg: Config, tokenizer) -> tuple[list[data.Prompt], list[data.P
         tests, missing = data.evaluation_problems(names, lambda name: [p.text for p in benchmarks.load(name, {})[1]])
         pairs, note = data.prepare(cfg, tests, missing)
         pairs, held_out = data.split(pairs, min(cfg.eval_prompts, len(pairs) // 10))
-        notes.append(note)
+        notes.append(f"{note}; {len(held_out)} of them held out for evaluation")
         if not tokenizer.chat_template:
             notes.append(data.PLAIN_TEXT)
     else:

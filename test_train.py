@@ -380,6 +380,7 @@ def test_replay_alone_is_prompt_and_each_method_brings_its_papers_constants():
     assert (model.prompts_per_step, model.answers_per_prompt, model.lr, model.temperature) == (32, 16, 1e-6, 1.0)
     assert (model.band, model.share, model.cooldown, model.max_reuse) == ((0.25, 0.75), 0.75, 10, 15)
     assert model.mask_truncated and model.advantage == "centred"
+    assert not config.parse(["--replay", "--no-mask-truncated"], "")[0].mask_truncated
     assert config.parse(["--replay", "dapo"], "")[0].advantage == "std"
     adaptive = config.parse(["--replay", "adaptive"], "")[0]
     assert (adaptive.min_ess, adaptive.share, adaptive.cooldown, adaptive.max_fill) == (0.99, 0.5, 10, 1.0)

@@ -175,8 +175,8 @@ def parse(argv: list[str], description: str) -> tuple[Config, list[str]]:
         if field.name == "replay":
             parser.add_argument(flag, nargs="?", const="prompt", metavar="NAME", help=text)
         elif kind is bool:
-            usual = field.default or any(field.name in settings for _, _, settings in METHODS.values())
-            action = argparse.BooleanOptionalAction if usual else "store_true"  # --no-... where it is usual
+            either = field.default or any(field.name in settings for _, _, settings in METHODS.values())
+            action = argparse.BooleanOptionalAction if either else "store_true"  # --no-... where it is usual
             parser.add_argument(flag, action=action, help=text)
         elif get_origin(kind) is Literal:
             parser.add_argument(flag, choices=get_args(kind), help=text)

@@ -121,7 +121,7 @@ def contender_step_trl(**options) -> dict[str, float]:
     def score(completions, answer, **_):
         return reward.grade_equation(completions, answer)
 
-    pairs = tiny.arithmetic(2400)[400:]
+    pairs = tiny.problems("digits", tiny.HELD_OUT)[0]
     with tempfile.TemporaryDirectory() as folder:
         arguments = GRPOConfig(
             output_dir=folder, max_steps=30, per_device_train_batch_size=128, num_generations=8,

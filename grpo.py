@@ -171,6 +171,12 @@ def plan_work(model: Scorer, sequences: list[Sequence], cfg, step: int) -> list[
     return work * cfg.epochs
 
 
+def autocast(model: torch.nn.Module, cfg) -> torch.autocast:
+    """bf16 computation; with several ranks FSDP's own mixed precision is in charge."""
+    on = cfg.dtype == "bfloat16" and ranks.world() == 1
+    return torch.autocast(next(model.parameters()).device.type, torch.bfloat16, enabled=on)
+
+
 @torch.no_grad()
 def drift(model: Scorer, groups: list[list[Sequence]], cfg) -> list[float]:
     """How far the policy has moved from those that sampled each of `groups`: the mean over a group's tokens of k3, an
@@ -178,7 +184,7 @@ def drift(model: Scorer, groups: list[list[Sequence]], cfg) -> list[float]:
     device, sequences = next(model.parameters()).device, [s for group in groups for s in group]
     owner = torch.tensor([i for i, group in enumerate(groups) for _ in group], device=device)
     totals = torch.zeros(len(groups), device=device)
-    with torch.autocast(device.type, torch.bfloat16, enabled=cfg.dtype == "bfloat16" and ranks.world() == 1):
+    with autocast(model, cfg):
         for micro in model.pack(sequences, cfg.tokens_per_microbatch):
             logprob, _ = model(micro, cfg.temperature)  # [N]
             behaviour = torch.cat([sequences[i].behaviour for i in micro.sequences]).to(device)
@@ -196,19 +202,17 @@ def update(model, optimizer, sequences: list[Sequence], cfg, step: int, referenc
     taken, so that it costs no pass; with more it is computed once, before the first.
     """
     model, reference = (m if m is None or isinstance(m, Scorer) else Scorer(m) for m in (model, reference))
-    device = next(model.parameters()).device
-    # with several ranks FSDP's own mixed precision is in charge
-    autocast = torch.autocast(device.type, torch.bfloat16, enabled=cfg.dtype == "bfloat16" and ranks.world() == 1)
+    precision = autocast(model, cfg)
     work = plan_work(model, sequences, cfg, step)
     sums, grad_norm, old = dict.fromkeys(SUMS, 0.0), 0.0, {}
     model.train()
     if len(work) > 1:
-        with torch.no_grad(), autocast:
+        with torch.no_grad(), precision:
             first_epoch = work[: len(work) // cfg.epochs]
             old = {id(micro): model(micro, cfg.temperature)[0] for _, _, micros in first_epoch for micro in micros}
     for rows, weights, micros in work:
         for micro in micros:
-            with autocast:
+            with precision:
                 logprob, entropy = model(micro, cfg.temperature)
             weight = weights[micro.sequences][micro.segment]  # [N]
             before = old.get(id(micro), logprob.detach())
@@ -216,7 +220,7 @@ def update(model, optimizer, sequences: list[Sequence], cfg, step: int, referenc
                 sums, logprob, before, entropy, [rows[i] for i in micro.sequences], weight, micro, cfg
             )
             if reference is not None:
-                with torch.no_grad(), autocast:
+                with torch.no_grad(), precision:
                     anchor, _ = reference(micro, cfg.temperature)
                 # times pi / pi_old: k3 has the value of KL(pi || reference), but alone the gradient of the reverse
                 penalty = (k3(logprob, anchor) * torch.exp(logprob - before) * weight).sum()

@@ -279,7 +279,7 @@ def advice(gain: float, error: float) -> str:
 
 
 def advice_on_stored(size: float) -> str:
-    """The bounds are those of ten cells of the embedded task (LOG.md)."""
+    """The bounds are what whole groups did in seven cells of the embedded task (LOG.md)."""
     if size >= 0.98:
         return "nearly on-policy, which usually saves rollouts"
     return "it may save or cost rollouts" if size >= 0.9 else "stale, which usually gains nothing or costs"

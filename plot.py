@@ -14,6 +14,23 @@ def read(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
+def pyplot():
+    """Slow to import, and never on a screen."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot
+
+    return matplotlib.pyplot
+
+
+def save(figure, path: Path) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)
+    pyplot().close(figure)
+    return path
+
+
 def series(rows: list[dict], key: str, smooth: int = 1) -> tuple[list[int], list[float]]:
     """Steps and values of the rows that have `key`; a trailing mean over `smooth` of them."""
     points = [(row["step"], row[key]) for row in rows if row.get(key) is not None]
@@ -82,14 +99,9 @@ def where_time_went(axis, rows: list[dict], smooth: int) -> None:
 
 def curves(folder: Path) -> Path:
     """Eight panels: accuracy, dead groups, |advantage|, the gauge; pass rates, what replay did, entropy, time."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     rows = read(folder / "metrics.jsonl")
     smooth = max(len(rows) // 40, 1)
-    figure, axes = plt.subplots(2, 4, figsize=(17, 7), layout="constrained")
+    figure, axes = pyplot().subplots(2, 4, figsize=(17, 7), layout="constrained")
     (accuracy, dead, advantage, moved), (rates, replay, entropy, time) = axes
 
     steps, values = series(rows, "eval_accuracy")
@@ -118,10 +130,7 @@ def curves(folder: Path) -> Path:
         axis.spines[["top", "right"]].set_visible(False)
         if axis.get_legend_handles_labels()[0]:
             axis.legend(frameon=False, fontsize=8)
-    path = folder / "curves.png"
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
-    return path
+    return save(figure, folder / "curves.png")
 
 
 def bands(axis, runs: list[dict], methods: list[str], cost: str) -> None:
@@ -145,40 +154,22 @@ def bands(axis, runs: list[dict], methods: list[str], cost: str) -> None:
     axis.spines[["top", "right"]].set_visible(False)
 
 
-def panels(parts: list[tuple[str, str, list[dict]]], methods: list[str], path: Path) -> Path:
-    """One panel for each (title, cost, runs), side by side."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(1, len(parts), figsize=(0.5 + 5 * len(parts), 4.2), layout="constrained", sharey=True)
-    for axis, (title, cost, runs) in zip(axes, parts, strict=True):
-        bands(axis, runs, methods, cost)
-        axis.set(xlabel=cost if cost != "seconds" else "seconds in steps", title=title)
-    axes[0].set(ylabel="held-out accuracy")
-    axes[0].legend(frameon=False, fontsize=8)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
-    return path
-
-
 def comparison(runs: list[dict], methods: list[str], path: Path) -> Path:
     """Accuracy over rollouts, and over seconds."""
-    return panels([("", "rollouts", runs), ("", "seconds", runs)], methods, path)
+    figure, axes = pyplot().subplots(1, 2, figsize=(10.5, 4.2), layout="constrained", sharey=True)
+    for axis, cost, label in zip(axes, ("rollouts", "seconds"), ("rollouts", "seconds in steps"), strict=True):
+        bands(axis, runs, methods, cost)
+        axis.set(xlabel=label)
+    axes[0].set(ylabel="held-out accuracy")
+    axes[0].legend(frameon=False, fontsize=8)
+    return save(figure, path)
 
 
 def forest(results: dict[str, dict], methods: list[str], path: Path) -> Path:
     """Differences to the baseline at equal rollouts in points, with 95 % intervals: a panel for each learning rate, a
     row for each method (compare.py's tables). Grey where Holm's p is not below 0.05."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     size = (1.5 + 2.4 * len(results), 1.1 + 0.28 * len(methods))
-    figure, axes = plt.subplots(1, len(results), figsize=size, layout="constrained", sharey=True)
+    figure, axes = pyplot().subplots(1, len(results), figsize=size, layout="constrained", sharey=True)
     for axis, (title, result) in zip(axes, results.items(), strict=True):
         base = result["methods"][methods[0]]["accuracy"]["rollouts"]
         axis.axvline(0, color="#bbbbbb", linewidth=1, zorder=0)
@@ -196,19 +187,12 @@ def forest(results: dict[str, dict], methods: list[str], path: Path) -> Path:
         axis.tick_params(axis="y", length=0)
         axis.spines[["top", "right", "left"]].set_visible(False)
     figure.supxlabel(f"points of accuracy against {methods[0]}, at equal rollouts", fontsize=9)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
-    return path
+    return save(figure, path)
 
 
 def regimes(cells: list[dict], path: Path) -> Path:
     """Rollouts to two thirds of uniform sampling's gain, relative to it, over (step per visit x sharing): one column of
     panels for each rule, one row for each interference (simulate.py's cells). Grey: less than two standard errors."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
     from matplotlib.colors import LinearSegmentedColormap
 
     rules = list(cells[0]["rules"])
@@ -216,7 +200,7 @@ def regimes(cells: list[dict], path: Path) -> Path:
         sorted({cell["setting"][key] for cell in cells}) for key in ("visit", "sharing", "interference")
     )
     size = (1 + 0.62 * len(visits) * len(rules), 1.2 + 0.52 * len(sharings) * len(rows))
-    figure, axes = plt.subplots(len(rows), len(rules), figsize=size, layout="constrained", squeeze=False)
+    figure, axes = pyplot().subplots(len(rows), len(rules), figsize=size, layout="constrained", squeeze=False)
     colours = LinearSegmentedColormap.from_list("", [BLUE, "white", ORANGE])
     for cell in cells:
         setting = cell["setting"]
@@ -225,7 +209,7 @@ def regimes(cells: list[dict], path: Path) -> Path:
             value = cell["rules"][rule]["late"]
             bound, clear = value["reached"] < cell["seeds"], abs(value["mean"]) > 2 * value["se"]
             shade = colours(0.5 + max(-0.5, min(0.5, value["mean"]))) if clear or bound else "#eeeeee"
-            axis.add_patch(plt.Rectangle((at[0] - 0.5, at[1] - 0.5), 1, 1, facecolor=shade, edgecolor="white"))
+            axis.add_patch(pyplot().Rectangle((at[0] - 0.5, at[1] - 0.5), 1, 1, facecolor=shade, edgecolor="white"))
             text = f"{'>' if bound else ''}{100 * value['mean']:+.0f}"
             axis.text(*at, text, ha="center", va="center", fontsize=8, color="black" if clear or bound else "#888888")
     for i, row in enumerate(axes):
@@ -240,10 +224,7 @@ def regimes(cells: list[dict], path: Path) -> Path:
     figure.suptitle(
         "rollouts to two thirds of uniform sampling's gain, % more or fewer than uniform sampling needs", fontsize=11
     )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
-    return path
+    return save(figure, path)
 
 
 if __name__ == "__main__":

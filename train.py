@@ -145,11 +145,13 @@ def load_prompts(cfg: Config, tokenizer) -> tuple[list[data.Prompt], list[data.P
 
 def dry_run(cfg: Config, given: list[str]) -> str:
     """What a run would do and need; loads no weights."""
-    switches, _ = config.validate(cfg), reward.load(cfg.reward)
+    switches = config.validate(cfg)
+    reward.load(cfg.reward)  # this, and the folder, sampler and stores: to refuse what a run would
     checkpoint.choose_folder(cfg, HERE / "out")
     kind, tokenizer = plan.read(cfg.model) if cfg.model else (tiny.make_model(0).config, tiny.make_tokenizer())
     prompts = load_prompts(cfg, tokenizer)[0]
-    make_sampler(switches.get("prompts"), len(prompts), cfg), make_stores(switches, cfg)  # refuse what a run would
+    make_sampler(switches.get("prompts"), len(prompts), cfg)
+    make_stores(switches, cfg)
     return plan.report(cfg, given, kind, tokenizer, prompts)
 
 

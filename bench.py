@@ -12,8 +12,9 @@ Sections (every figure is a median over repetitions, with the spread, and stands
     engines    the transformers engine against bare model.generate
     vllm       the vLLM engine against bare LLM.generate, and a sync against a copy
     replay     samplers at a million prompts, stores full of long answers
-Each contender runs in a process of its own, in turn, so that peaks of memory and warm-up do not mix; what needs a
-package or a GPU that is not here is named and left out.
+Each contender runs in a process of its own, in turn, so that peaks of memory and warm-up do not mix (the two of vllm
+share one engine, as its speed differs from start to start); what needs a package or a GPU that is not here is named
+and left out.
 """
 
 import importlib.util
@@ -47,7 +48,7 @@ def per_step(marks: list[tuple[float, float]], skip: int = 4) -> dict[str, float
     return {"cpu_s": statistics.mean(cpu), "wall_s": statistics.median(wall), "peak_mb": peak_mb()}
 
 
-def contender(name: str) -> dict[str, float]:
+def contender(name: str) -> dict:
     """Runs `contender_NAME` in a fresh process and returns the figures that it prints."""
     done = subprocess.run([sys.executable, __file__, "--contender", name], capture_output=True, text=True, cwd=HERE)
     if done.returncode:
@@ -62,10 +63,14 @@ def compare(section: str, names: tuple[str, ...], figures: tuple[str, ...]) -> N
         for name, rows in results.items():
             rows.append(contender(f"{section}_{name}"))
     for figure in figures:
-        ours, *peers = ([row[figure] for row in results[name]] for name in names)
-        for name, peer in zip(names[1:], peers, strict=True):
-            ratio = statistics.median(ours) / statistics.median(peer)
-            print(f"  {figure:17} {names[0]} {spread(ours):30} {name} {spread(peer):30} ratio {ratio:.2f}", flush=True)
+        table(figure, {name: [row[figure] for row in rows] for name, rows in results.items()})
+
+
+def table(figure: str, results: dict[str, list[float]]) -> None:
+    (first, ours), *peers = results.items()
+    for name, peer in peers:
+        ratio = statistics.median(ours) / statistics.median(peer)
+        print(f"  {figure:17} {first} {spread(ours):30} {name} {spread(peer):30} ratio {ratio:.2f}", flush=True)
 
 
 def missing(section: str, *packages: str, gpu: bool = False) -> bool:
@@ -190,7 +195,7 @@ def section_engines() -> None:
 def section_vllm() -> None:
     if not missing("vllm", "vllm"):
         print(f"the vLLM engine against LLM.generate, a sync against a copy, {contenders.here()}")
-        compare("vllm", ("ours", "bare"), ("tokens_per_s",))
+        table("tokens_per_s", contender("vllm_both"))
         compare("sync", ("ours", "copy"), ("sync_s",))
 
 

@@ -269,7 +269,7 @@ def contender_engines_generate() -> dict[str, float]:
     return {"tokens_per_s": PROMPTS * 16 * 48 / work}
 
 
-def on_vllm(work) -> dict[str, float]:
+def on_vllm(work) -> dict:
     """work(engine, model), with a model and its engine."""
     import rollout
     from config import Config
@@ -287,25 +287,27 @@ def on_vllm(work) -> dict[str, float]:
     return found
 
 
-def contender_vllm_ours() -> dict[str, float]:
-    def work(engine, _):
-        prompts = random_prompts()
-        taken = seconds(lambda: engine.generate(prompts, ANSWERS, seed=0, step=0))
-        return {"tokens_per_s": PROMPTS * ANSWERS * TOKENS / taken}
-
-    return on_vllm(work)
-
-
-def contender_vllm_bare() -> dict[str, float]:
-    """`LLM.generate`: no seeds, no log-probs, one request a prompt, text left out."""
+def contender_vllm_both() -> dict[str, list[float]]:
+    """Wall seconds, in turn: the engine as it is used, and `LLM.generate` of the same engine without seeds and
+    log-probs."""
 
     def work(engine, _):
         from vllm import SamplingParams
 
         params = SamplingParams(n=ANSWERS, max_tokens=TOKENS, ignore_eos=True, detokenize=False)
-        asked = [{"prompt_token_ids": list(prompt.ids)} for prompt in random_prompts()]
-        taken = seconds(lambda: engine.llm.generate(asked, params, use_tqdm=False))
-        return {"tokens_per_s": PROMPTS * ANSWERS * TOKENS / taken}
+        prompts = random_prompts()
+        asked = [{"prompt_token_ids": list(prompt.ids)} for prompt in prompts]
+        cases = {
+            "ours": lambda: engine.generate(prompts, ANSWERS, seed=0, step=0),
+            "bare": lambda: engine.llm.generate(asked, params, use_tqdm=False),
+        }
+        speeds = {name: [] for name in cases}
+        for _ in range(6):
+            for name, case in cases.items():
+                start = time.perf_counter()
+                case()
+                speeds[name].append(PROMPTS * ANSWERS * TOKENS / (time.perf_counter() - start))
+        return {name: values[1:] for name, values in speeds.items()}  # the first is warm-up
 
     return on_vllm(work)
 

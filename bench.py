@@ -69,7 +69,7 @@ def compare(section: str, names: tuple[str, ...], figures: tuple[str, ...]) -> N
 def table(figure: str, results: dict[str, list[float]]) -> None:
     (first, ours), *peers = results.items()
     for name, peer in peers:
-        ratio = statistics.median(ours) / statistics.median(peer)
+        ratio = statistics.median(mine / theirs for mine, theirs in zip(ours, peer, strict=True))  # turn by turn
         print(f"  {figure:17} {first} {spread(ours):30} {name} {spread(peer):30} ratio {ratio:.2f}", flush=True)
 
 

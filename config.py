@@ -217,6 +217,8 @@ def validate(cfg: Config) -> dict[str, str]:
     for name, value in vars(cfg).items():
         if isinstance(value, float) and not math.isfinite(value) and name != "initial_priority":
             raise ValueError(f"--{name.replace('_', '-')} must be a finite number, got {value}")
+    if cfg.threads > 1024:  # PyTorch dies of too many
+        raise ValueError(f"--threads must be at most 1024, got {cfg.threads}; 0 leaves it to PyTorch")
     if cfg.kl < 0 or (cfg.is_cap or 0) < 0 or (cfg.dual_clip or 2) <= 1:
         raise ValueError("--kl and --is-cap must be at least 0, and --dual-clip above 1")
     if cfg.temperature <= 0:

@@ -302,7 +302,7 @@ def contender_vllm_both() -> dict[str, list[float]]:
             "bare": lambda: engine.llm.generate(asked, params, use_tqdm=False),
         }
         speeds = {name: [] for name in cases}
-        for _ in range(6):
+        for _ in range(11):
             for name, case in cases.items():
                 start = time.perf_counter()
                 case()

@@ -181,17 +181,24 @@ def from_rows(rows, path: str, problem_column=None, answer_column=None, usual=US
         answer = answer or pick_column(row, answer_column, usual[1], "--answer-column", path)
         text, gold = row.get(problem), final_answer(row.get(answer))
         text = text if isinstance(text, list) else str("" if text is None else text)
-        text = text if left_out is None else unwrap(text)
-        if gold and text and (isinstance(text, list) or text.strip()):
+        usable = is_chat(text) if isinstance(text, list) else bool(text.strip())
+        if usable and left_out is not None:
+            text = unwrap(text)
+        if gold and usable and text:
             pairs.append((text, gold))
         elif left_out is not None:
             left_out["without problem or answer"] += 1
         else:
-            lacks = f"an empty {problem!r}" if gold else f"no final answer in {answer!r}"
+            empty = f"an empty {problem!r} (it takes text, or messages with a role and a text as content)"
+            lacks = f"no final answer in {answer!r}" if usable and text else empty
             raise ValueError(f"{path} row {n} has {lacks}; give every row a problem and an answer, or take it out")
     if not problem:
         raise ValueError(f"{path} has no rows; it needs at least as many as there are prompts in a step")
     return pairs
+
+
+def is_chat(messages: list) -> bool:
+    return all(isinstance(m, dict) and {type(m.get("role")), type(m.get("content"))} == {str} for m in messages)
 
 
 def final_answer(value) -> str:
@@ -216,7 +223,7 @@ def unwrap(problem: str | list[dict]) -> str | list[dict]:
     """The bare problem. A single user message becomes text, so that `encode` adds its instruction."""
     if isinstance(problem, list):
         single = len(problem) == 1 and problem[0].get("role") == "user"
-        return unwrap(problem[0].get("content") or "") if single else problem
+        return unwrap(problem[0]["content"]) if single else problem
     for pattern in WRAPPERS:
         problem = re.sub(pattern, "", problem).strip()
     return problem

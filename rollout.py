@@ -311,7 +311,8 @@ def make_engine(kind: str, model, model_path: str, stop_ids, cfg) -> Transformer
     context, wanted = getattr(config, "max_position_embeddings", None), cfg.max_prompt_tokens + cfg.max_tokens
     if context and wanted > context:
         raise ValueError(
-            f"{model_path} has a context of {context}; lower --max-prompt-tokens or --max-tokens, {wanted} together"
+            f"{model_path} has a context of {context}, but prompt and answer may take {wanted}; lower --max-tokens, "
+            "or in training --max-prompt-tokens"
         )
     if ranks.is_main():
         print(f"engine: {kind} ({why})")

@@ -465,6 +465,18 @@ def test_chat_models_are_asked_for_a_box_exactly_once():
     assert seen(tokenizer, messages) == "system on user x assistant"
 
 
+@pytest.mark.parametrize("content", [None, [{"type": "text", "text": "x"}], 3])
+def test_messages_need_a_role_and_a_text(content):
+    good, bad = ([{"role": "user", "content": c}] for c in ("x", content))
+    rows = [{"problem": problem, "answer": "1"} for problem in (good, bad, ["x"], [])]
+    counts = Counter()
+    assert data.from_rows(rows, "hub", left_out=counts) == [("x", "1")]
+    assert counts == {"without problem or answer": 3}
+    for row in rows[1:]:
+        with pytest.raises(ValueError, match="a.jsonl row 2 has an empty 'problem' .*messages with a role and a text"):
+            data.from_rows([rows[0], row], "a.jsonl")
+
+
 def test_thinking_reaches_templates_that_know_it_and_is_refused_by_others():
     tokenizer = words_tokenizer()
     tokenizer.chat_template = THINKING_CHAT

@@ -344,7 +344,11 @@ def test_choice_of_engine_is_printed_with_its_reason(small, monkeypatch, capsys,
     ("kind", "changes", "message"),
     [
         ("vllm", {}, "vLLM is not installed"),
-        ("transformers", {"max_tokens": 57}, "some/model has a context of 256; .* 257 together"),
+        (
+            "transformers",
+            {"max_tokens": 57},
+            "some/model has a context of 256, but .* 257; lower --max-tokens, .*max-prompt-tokens",
+        ),
     ],
 )
 def test_engines_that_cannot_run_say_so_in_one_line(small, monkeypatch, kind, changes, message):

@@ -303,7 +303,8 @@ def start(cfg: Config, given: list[str]) -> int:
     if ranks.is_main():
         settings = asdict(cfg) | {"given": given, "prompts_sha256": run.digest, "commit": stats.commit()}
         (run.folder / "config.json").write_text(json.dumps(settings, indent=2) + "\n")
-        print(f"run folder: {run.folder}{f', going on after step {run.step}' if run.step else ''}")
+        going = "nothing left to do" if run.step >= cfg.steps else "going on"
+        print(f"run folder: {run.folder}{f', {going} after step {run.step}' if run.step else ''}")
     ended_by = train(run)
     if not ended_by:
         checkpoint.export(run)

@@ -11,11 +11,12 @@ turns out to stand at pass rate p counts as
     worth = p (1 - p) * (1 - p)^2        the spread of its rewards, which is what it teaches, times what is left to gain
 
 and two averages are kept, over the latest visits: of visits by the epochs, and of return visits to prompts whose group
-before was at a given pass rate. Prompts of such pass rates as beat the epochs by a quarter come back, the best first;
-if none does, none comes back. Where a visit moves a prompt little, prompts last seen near one third stay worth a visit,
-and are visited until they do not. Where a visit all but solves a prompt, they return solved, are worth nothing, and
-replay all but ends by itself. All-wrong prompts are retested just when such prompts have begun to come off. The power
-and the constants were chosen with simulate.py; LOG.md has what was tried, and how it did on cells not used to choose.
+before was at a given pass rate. Prompts return if return visits at their pass rate have been worth at least 1.25 times
+a visit by the epochs, the best first; if none have, none returns. Where a visit moves a prompt little, prompts last
+seen near one third stay worth a visit, and are visited until they do not. Where a visit all but solves a prompt, they
+return solved, are worth nothing, and replay all but ends by itself. All-wrong prompts are retested just when such
+prompts have begun to come off. The power and the constants were chosen with simulate.py; LOG.md has what was tried, and
+how it did on cells not used to choose.
 """
 
 import numpy as np
@@ -66,7 +67,7 @@ class Adaptive(Saved):
         budget = int(self.share * self.epochs.batches[-1]["asked"] + 1e-9) - len(self.epochs.replays)
         ready = self.epochs.free() & (self.last <= step - self.cooldown)
         replays: list[int] = []
-        for level in np.argsort(-self.promise(), kind="stable")[: self.better().sum()]:  # the best first
+        for level in np.argsort(-self.promise(), kind="stable")[: self.better().sum()]:  # `better` comes first
             room = min(budget, n) - len(replays)
             replays += smallest(room, ready & (self.level == level), self.last, self.tie)  # longest not visited first
         chosen = [self.epochs.take(x, replay=True) for x in replays]

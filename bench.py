@@ -259,7 +259,8 @@ def main(argv: list[str]) -> None:
     sections = [name.removeprefix("section_") for name in globals() if name.startswith("section_")]
     unknown = set(argv) - set(sections)
     if unknown:
-        sys.exit(f"error: no section {', '.join(sorted(unknown))}; choose from {', '.join(sections)}")
+        print(f"error: no section {', '.join(sorted(unknown))}; choose from {', '.join(sections)}", file=sys.stderr)
+        sys.exit(2)
     for name in argv or sections:
         globals()[f"section_{name}"]()
 

@@ -66,6 +66,7 @@ def pack_groups(groups: list[Group]) -> dict[str, torch.Tensor]:
 
 
 def unpack_groups(state: dict[str, torch.Tensor]) -> list[Group]:
+    """The groups that `pack_groups` has packed."""
     tokens, logprobs = (state[name].split(state["length"].tolist()) for name in ("tokens", "logprobs"))
     groups, start = [], 0
     for prompt, birth, uses, size in zip(
@@ -145,7 +146,7 @@ class GroupReplay(Saved):
 
     def complete(self, useful: list[Group], places: int, step: int) -> list[Group]:
         room = self.fill * max(places - len(useful), 0)
-        # fractions by lot: now and then a group even where few are wanted, to know how it does
+        # the fractional part by chance: even a small `fill` replays a group now and then, to see how it does
         count = int(room + self.rng.random()) if self.fill < 1 else int(room)
         self.drawn = self.ranked()[:count] if count else []
         self.replaced = len(self.drawn) / places
@@ -221,8 +222,14 @@ def reuse_figures(kind: str, drawn: list[Group], step: int) -> dict:
 
 
 def make_stores(switches: dict[str, str], cfg, drift=None) -> dict:
-    """The stores that the batch passes through, in this order: fill dead places first, then add stored answers."""
+    """The stores that the batch passes through, in this order: fill dead places first, then add stored answers.
+    ValueError for settings that cannot be meant."""
     stores = {}
+    if cfg.min_ess and {"fill", "extra"} <= set(switches):
+        raise ValueError(
+            "--min-ess judges stored groups by all that is replayed, single answers too: with rollout set --min-ess 0, "
+            "and --max-fill by hand"
+        )
     if switches.get("fill") == "dapo":
         stores["dapo"] = Surplus()
     if switches.get("fill") in ("group", "adaptive"):

@@ -303,7 +303,7 @@ def main(argv: list[str]) -> int:
     command = "python compare.py " + shlex.join(argv)
     argv, extra = (argv[: argv.index("--")], argv[argv.index("--") + 1 :]) if "--" in argv else (argv, [])
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
+    parser.error, add = config.fail, parser.add_argument
     add("runs", nargs="*", help="folders of runs to compare; without them --methods are run")
     add("--methods", nargs="+", default=[], help="values of --replay; the first is the baseline")
     add("--arms", nargs="+", default=[], help="further methods as 'NAME: flags of train.py'")

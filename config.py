@@ -1,7 +1,7 @@
 """Every knob of a training run: one flat dataclass. Its fields and their comments are the flags and their help.
 
 A setting comes from, in rising order: the defaults here, which are the papers' at model scale; EMBEDDED, with the
-embedded model; METHODS, what a method's paper does otherwise; the command line.
+embedded model (with another one, the data set polaris); METHODS, what a method does otherwise; the command line.
 """
 
 import argparse
@@ -13,7 +13,7 @@ import sys
 from dataclasses import dataclass
 from typing import Literal, get_args, get_origin
 
-# name -> (the switches it sets, what it is, what its paper's objective differs in from our defaults)
+# name -> (the switches it sets, what it is, the settings that replace our defaults)
 METHODS = {
     "prompt": (
         "prompts",
@@ -45,7 +45,7 @@ METHODS = {
     ),
 }
 
-# what differs from the defaults below, which are the papers', with the embedded model: a demo of minutes
+# with the embedded model these replace the defaults below, which are the papers': a demo of minutes
 EMBEDDED = {
     "prompts_per_step": 16, "answers_per_prompt": 8, "max_prompt_tokens": 32, "max_tokens": 15, "lr": 5e-4,
     "steps": 600, "eval_every": 20, "eval_prompts": 400, "save_every": 50, "reward": "equation",
@@ -130,8 +130,8 @@ class Config:
     proximal: Literal["old", "birth"] = "old"  # clip around the step's first policy, or the one that sampled
     clip_low: float = 0.2  # ratio may fall by this
     clip_high: float = 0.272  # ratio may rise by this
-    dual_clip: float | None = None  # bound on the loss of wrong answers grown likely
-    is_cap: float | None = 2.0  # truncation of importance weights; 0: no weights
+    dual_clip: float = 0.0  # bound on the loss of wrong answers grown likely; 0: none
+    is_cap: float = 2.0  # truncation of importance weights; inf: none; 0: no weights
     kl: float = 0.0  # coefficient of a k3 KL to the initial model
     mask_truncated: bool = False  # answers cut at the limit count in their group, but are not trained on
     # ---- optimiser
@@ -170,7 +170,9 @@ def parse(argv: list[str], description: str) -> tuple[Config, list[str]]:
     for field in dataclasses.fields(Config):
         flag, kind = "--" + field.name.replace("_", "-"), field.type
         usual = EMBEDDED.get(field.name)
-        text = f"{comments[field.name]} ({field.default}{'' if usual is None else f'; embedded model: {usual}'})"
+        values = [str(field.default)] if field.default not in ("", None) else []
+        values += [] if usual is None else [f"embedded model: {usual}"]
+        text = f"{comments[field.name]} ({'; '.join(values)})" if values else comments[field.name]
         text = text.replace("%", "%%")
         if field.name == "replay":
             parser.add_argument(flag, nargs="?", const="prompt", metavar="NAME", help=text)
@@ -211,16 +213,19 @@ def validate(cfg: Config) -> dict[str, str]:
         "minibatches": 1, "epochs": 1, "max_rollouts": 0, "max_prompts": 0, "max_rounds": 1,
         "tokens_per_microbatch": 1, "rollout_batch": 1,
         "max_prompt_tokens": 1, "eval_prompts": 0, "eval_samples": 1, "threads": 0, "group_capacity": 0,
+        "tensor_parallel": 1, "seed": 0, "kv_cache_gb": 0,
     }.items():  # fmt: skip
         if getattr(cfg, name) < least:
             raise ValueError(f"--{name.replace('_', '-')} must be at least {least}, got {getattr(cfg, name)}")
     for name, value in vars(cfg).items():
-        if isinstance(value, float) and not math.isfinite(value) and name != "initial_priority":
+        if isinstance(value, float) and not math.isfinite(value) and name not in ("initial_priority", "is_cap"):
             raise ValueError(f"--{name.replace('_', '-')} must be a finite number, got {value}")
     if cfg.threads > 1024:  # PyTorch dies of too many
         raise ValueError(f"--threads must be at most 1024, got {cfg.threads}; 0 leaves it to PyTorch")
-    if cfg.kl < 0 or (cfg.is_cap or 0) < 0 or (cfg.dual_clip or 2) <= 1:
-        raise ValueError("--kl and --is-cap must be at least 0, and --dual-clip above 1")
+    if not 0 < cfg.gpu_memory <= 1:
+        raise ValueError(f"--gpu-memory is a share of the GPU, above 0 and at most 1, got {cfg.gpu_memory}")
+    if cfg.kl < 0 or not cfg.is_cap >= 0 or cfg.dual_clip < 0 or 0 < cfg.dual_clip <= 1:
+        raise ValueError("--kl and --is-cap must be at least 0, and --dual-clip above 1 (or 0: none)")
     if cfg.temperature <= 0:
         raise ValueError(f"--temperature must be above 0 to train on samples, got {cfg.temperature}")
     if not cfg.lr > 0 or not cfg.grad_clip > 0:

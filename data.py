@@ -235,7 +235,7 @@ def load(name, problem_column=None, answer_column=None, difficulty=(0, 1), confi
     source = SOURCES.get(known) or next((s for s in SOURCES.values() if s[0] == known), None)
     hub, usual_config, pinned, *usual, maths = source or (name, None, None, *USUAL, True)
     counts: Counter = Counter()
-    own = not source and (Path(name).exists() or Path(name).suffix in KINDS)  # what is wrong in it can be mended
+    own = not source and is_file(name)  # what is wrong in it can be mended
     if own or (source and copy):
         where = copy or name
         if config or split or revision:

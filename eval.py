@@ -40,7 +40,7 @@ import rollout
 import stats
 import tiny
 from benchmarks import BENCHMARKS, Problem, load, score
-from config import EMBEDDED, Config
+from config import EMBEDDED, Config, fail
 
 HERE = Path(__file__).parent
 PASS_AT = (1, 4, 8, 16, 32)
@@ -189,7 +189,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    add = parser.add_argument
+    parser.error, add = fail, parser.add_argument
     add("--model", default="", help="Hugging Face id or folder; without it the embedded model")
     add("--benchmarks", nargs="+", metavar="NAME", help="names, NAME=FILE or data files (all six; or embedded)")
     add("--samples", nargs="+", default=[], metavar="K", help="answers: K or NAME=K (AIME and AMC 32, others 4)")

@@ -16,6 +16,8 @@ Departures from the usual code, each on purpose:
 2. The loss is a sum over tokens times a weight that is known for the whole optimiser step before it begins, so that
    neither micro-batches nor ranks can change it.
 3. No padding and no masks (logprobs.py); the end-of-text token is trained like any other.
+4. Dead groups leave the denominators too: a step of few useful groups is as long as one of many, where GRPO and
+   Dr. GRPO make it shorter by the share of dead groups.
 
 Letters: P prompts, G answers per prompt, S sequences, N answer tokens.
 """
@@ -26,7 +28,7 @@ import random
 import torch
 
 import ranks
-from logprobs import Scorer, Sequence, empty_microbatch, share_out
+from logprobs import LogProbModel, Sequence, empty_microbatch, share_out
 
 
 def advantages(rewards: torch.Tensor, kind: str = "centred") -> torch.Tensor:
@@ -53,9 +55,9 @@ def advantages(rewards: torch.Tensor, kind: str = "centred") -> torch.Tensor:
 def token_weights(
     lengths: torch.Tensor, kind: str, max_tokens: int, counts: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """What each token's loss is multiplied by.  lengths: [S] answer tokens of ALL sequences of one optimiser step,
-    over all micro-batches and ranks; counts: [S] how many equal answers each stands for -> [S], the weight of every
-    token of that sequence (times its count). With S the number of answers:
+    """What each token's loss is multiplied by.  lengths: [S] answer tokens of ALL sequences that one optimiser step
+    trains on (no dead groups, no masked answers), over all micro-batches and ranks; counts: [S] how many equal answers
+    each stands for -> [S], the weight of every token of that sequence (times its count). With S the number of answers:
 
     token     1 / all tokens                DAPO's token mean
     sequence  1 / (S * own length)          original GRPO: mean per answer, then over answers
@@ -89,28 +91,29 @@ def policy_loss(
     *,
     clip_low: float = 0.2,
     clip_high: float = 0.272,
-    dual_clip: float | None = None,
-    cap: float | None = 2.0,
+    dual_clip: float = 0.0,
+    cap: float = 2.0,
     ratio: str = "token",
     loss: str = "clip",
     proximal: str = "old",
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The decoupled clipped objective.  All tensors [N], one entry a token -> (loss summed over tokens, and [N]: True
-    where the clip has stopped the gradient).
+    where the clip acts: there the gradient is zero, or with cispo bounded).
 
     logprob    log pi, with gradient             advantage  of the token's answer
     old        log pi_old                        weight     from `token_weights`
     behaviour  log mu, as sampled                segment    which sequence the token belongs to
-    cap        truncation of w (None: no truncation; 0: w = 1, i.e. replayed data taken for on-policy)
+    cap        truncation of w (inf: none; 0: w = 1, i.e. replayed data taken for on-policy)
     ratio      token (GRPO) or sequence (GSPO, 2507.18071: geometric mean over the answer)
     loss       clip (PPO) or cispo (2506.13585: the weight is clipped and every token keeps its gradient)
-    proximal   old: clip around pi_old, w corrects (decoupled; POPO); birth: clip around mu, w = 1 (2606.04560)
-    dual_clip  for A < 0 the term is at least dual_clip * A (1912.09729)
+    proximal   old: clip around pi_old, w corrects (the decoupled objective of 2110.00641; POPO);
+               birth: clip around mu, w = 1, for fresh answers too (2606.04560)
+    dual_clip  for A < 0 the term is at least dual_clip * A (1912.09729); 0: no such bound
     """
     if proximal == "birth":
         old = behaviour
     importance = torch.exp(old - behaviour).detach()
-    w = torch.ones_like(importance) if cap == 0 else importance if cap is None else importance.clamp(max=cap)
+    w = torch.ones_like(importance) if cap == 0 else importance.clamp(max=cap)
     log_ratio = logprob - old.detach()
     if ratio == "sequence":
         log_ratio = per_sequence_mean(log_ratio, segment)
@@ -122,7 +125,7 @@ def policy_loss(
         unclipped, limited = rho * advantage, rho.clamp(1 - clip_low, 1 + clip_high) * advantage
         term = torch.minimum(unclipped, limited)
         clipped = limited < unclipped
-        if dual_clip is not None:
+        if dual_clip:
             floor = dual_clip * advantage
             clipped = clipped | ((advantage < 0) & (term < floor))
             term = torch.where(advantage < 0, torch.maximum(term, floor), term)
@@ -130,7 +133,8 @@ def policy_loss(
 
 
 def k3(logprob: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
-    """Schulman's k3 estimate of KL(p || q) per token: exp(d) - 1 - d, d = log q - log p, on tokens sampled from p."""
+    """An estimate of KL(p || q) per token, never negative: exp(d) - 1 - d, d = log q - log p, on tokens sampled from p
+    (k3 of joschu.net/blog/kl-approx.html)."""
     difference = other - logprob
     return torch.expm1(difference) - difference
 
@@ -144,7 +148,7 @@ def split_minibatches(count: int, parts: int, seed: str) -> list[list[int]]:
 
 
 def make_optimizer(model: torch.nn.Module, cfg) -> torch.optim.Optimizer:
-    """AdamW over float32 weights: in bf16 a weight does not move at lr 1e-6."""
+    """AdamW over float32 weights: in bf16 a weight does not move at lr 1e-6. ValueError if torchao is missing."""
     common = {"lr": cfg.lr, "betas": (0.9, 0.95), "weight_decay": cfg.weight_decay}
     if cfg.optimizer == "adamw":
         return torch.optim.AdamW(model.parameters(), **common, fused=True)
@@ -155,7 +159,7 @@ def make_optimizer(model: torch.nn.Module, cfg) -> torch.optim.Optimizer:
     return AdamW8bit(model.parameters(), **common)
 
 
-def plan_work(model: Scorer, sequences: list[Sequence], cfg, step: int) -> list[tuple]:
+def plan_work(model: LogProbModel, sequences: list[Sequence], cfg, step: int) -> list[tuple]:
     """For each optimiser step: this rank's sequences, the weights of their tokens, and their micro-batches."""
     device = next(model.parameters()).device
     work = []
@@ -178,7 +182,7 @@ def autocast(model: torch.nn.Module, cfg) -> torch.autocast:
 
 
 @torch.no_grad()
-def drift(model: Scorer, groups: list[list[Sequence]], cfg) -> list[float]:
+def drift(model: LogProbModel, groups: list[list[Sequence]], cfg) -> list[float]:
     """How far the policy has moved from those that sampled each of `groups`: the mean over a group's tokens of k3, an
     estimate of KL(mu || pi).  [len(groups)]"""
     device, sequences = next(model.parameters()).device, [s for group in groups for s in group]
@@ -199,9 +203,10 @@ def update(model, optimizer, sequences: list[Sequence], cfg, step: int, referenc
     tokens.
 
     pi_old is the policy before the first of these optimiser steps. With a single one it equals pi while the gradient is
-    taken, so that it costs no pass; with more it is computed once, before the first.
+    taken, so that it costs no pass; with more it is computed once, before the first. FloatingPointError if the gradient
+    is not finite; the weights have not moved then.
     """
-    model, reference = (m if m is None or isinstance(m, Scorer) else Scorer(m) for m in (model, reference))
+    model, reference = (m if m is None or isinstance(m, LogProbModel) else LogProbModel(m) for m in (model, reference))
     precision = autocast(model, cfg)
     work = plan_work(model, sequences, cfg, step)
     sums, grad_norm, old = dict.fromkeys(SUMS, 0.0), 0.0, {}
@@ -263,7 +268,8 @@ def _microbatch_loss(sums, logprob, old, entropy, rows: list[Sequence], weight, 
         ratio=cfg.ratio, loss=cfg.loss, proximal=cfg.proximal,
     )  # fmt: skip
     importance = torch.exp(old - behaviour)
-    fresh, capped = 1 - stale, importance > (cfg.is_cap or torch.inf if cfg.proximal == "old" else torch.inf)
+    bound = cfg.is_cap if cfg.is_cap and cfg.proximal == "old" else torch.inf
+    fresh, capped = 1 - stale, importance > bound
     figures = [
         fresh, stale, clipped * fresh, clipped * stale, entropy, k3(behaviour, old) * fresh, capped,
         importance * stale, importance.square() * stale,

@@ -162,7 +162,8 @@ def model_logprobs(model, batch: MicroBatch, temperature: float) -> tuple[torch.
 
 
 def has_varlen(model) -> bool:
-    """Whether its attention knows sequences by their borders: one row is then as cheap as many, and has to be one."""
+    """Whether its attention reads the borders of sequences from position_ids. Packing all into one row then costs
+    nothing, and is required."""
     return "flash" in (model.config._attn_implementation or "")
 
 
@@ -234,7 +235,7 @@ def without_dropout(model) -> None:
             module.attention_dropout = 0.0
 
 
-class Scorer(torch.nn.Module):
+class LogProbModel(torch.nn.Module):
     """A model whose forward is `model_logprobs`: the root that FSDP needs, to have the head's weight at hand."""
 
     def __init__(self, model):

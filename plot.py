@@ -11,7 +11,11 @@ BLUE, ORANGE, GREY, GREEN = "#2a6f97", "#e07a1f", "#8d99ae", "#3a7d44"
 
 
 def read(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
+    """ValueError if it has no rows, or one that is not JSON."""
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    if not rows:
+        raise ValueError(f"{path} is empty: no step of that run was finished")
+    return rows
 
 
 def pyplot():
@@ -51,7 +55,6 @@ def pass_rate_bars(axis, rows: list[dict]) -> None:
         places = [(k + 0.42 * shift - 0.21) / size for k in range(size + 1)]
         axis.bar(places, [n / sum(totals) for n in totals], 0.4 / size, color=colour, label=label)
     axis.set(title="pass rates of groups", xlabel="share of right answers", ylabel="share of groups")
-    axis.legend(frameon=False, fontsize=8)
 
 
 def what_replay_did(axis, rows: list[dict]) -> None:
@@ -71,8 +74,7 @@ def what_replay_did(axis, rows: list[dict]) -> None:
         axis.bar(range(first, len(uses)), uses[first:], color=ORANGE)
         axis.set(title="how often prompts came back", xlabel="times replayed", ylabel="prompts")
     else:
-        for key, colour, label in (("distinct_prompts", BLUE, "distinct prompts"),):
-            axis.plot(*series(rows, key), color=colour, label=label)
+        axis.plot(*series(rows, "distinct_prompts"), color=BLUE, label="distinct prompts")
         axis.set(title="distinct prompts seen", xlabel="step")
 
 
@@ -229,7 +231,10 @@ def regimes(cells: list[dict], path: Path) -> Path:
 
 if __name__ == "__main__":
     try:
+        if not sys.argv[1:]:
+            raise ValueError("no folder of a run given")
         for name in sys.argv[1:]:
             print(curves(Path(name)))
-    except OSError as error:
-        sys.exit(f"error: {error}; give folders of runs")
+    except (OSError, ValueError, KeyError) as error:
+        print(f"error: {error}; give folders of runs, python plot.py out/RUN", file=sys.stderr)
+        sys.exit(2)

@@ -198,7 +198,7 @@ class PromptReplay(Saved):
         inside = (self.total[x] > 0) & (self.band[0] <= rate) & (rate <= self.band[1]) & (uses < self.max_reuse)
         # |2k - G| is an exact integer: 3/8 and 5/8 must tie, and |3/8 - .5| would not be safe for every G
         self.distance[x] = np.where(inside, np.abs(2 * correct - total) / (2 * total), NEVER)
-        self.tie[x] = (2 * correct > total).astype(np.int64) << 56 | uses.astype(np.int64) << 32 | x
+        self.tie[x] = (2 * correct > total).astype(np.int64) << 56 | uses.astype(np.int64) << 32 | x  # harder first
 
     def draw(self, n: int, step: int) -> list[int]:
         n = self.epochs.begin(n, step)
@@ -244,7 +244,7 @@ class Prioritized(Saved):
             raise ValueError("need 0 < smoothing <= 1, explore and retest-solved in [0, 1], and retest-every >= 0")
         self.smoothing, self.explore, self.tie_bias = smoothing, explore, tie_bias
         self.retest_every, self.retest_solved = retest_every, retest_solved  # 0: no retests
-        self.epochs = Epochs(num_prompts, seed)  # its order is never walked: it breaks ties, at random but for good
+        self.epochs = Epochs(num_prompts, seed)  # its order is a random tie-break, fixed for good; never walked
         self.rng = np.random.default_rng([seed, 1])
         self.rate = np.zeros(num_prompts)  # smoothed pass rate
         self.priority = np.full(num_prompts, min(initial_priority, 1e9))  # infinity: all are seen once before a return
@@ -262,9 +262,9 @@ class Prioritized(Saved):
         places = [(HEAP, n), (UNSOLVED, n), (SOLVED, n)]
         if self.retest_every and step % self.retest_every == 0:
             # in whole prompts over all retests so far, so that even batches of one get to both pools
-            before, now = (int(self.retest_solved * n * (step // self.retest_every + i)) for i in (0, 1))
+            due, after = (int(self.retest_solved * n * (step // self.retest_every + i)) for i in (0, 1))
             if not self.epochs.chosen:
-                places = [(SOLVED, now - before), (UNSOLVED, n - now + before), *places]
+                places = [(SOLVED, after - due), (UNSOLVED, n - after + due), *places]
         elif self.rng.random() < self.explore:
             chosen = self.rng.choice(np.flatnonzero(free), n, replace=False).tolist()
         for place, most in places:

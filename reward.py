@@ -1,7 +1,8 @@
 r"""Is this answer right? `grade(responses, golds)` says 1.0 or 0.0 for each.
 
 1. If the response contains `</think>`, only the text after the last one is scored. A `<think>` left open scores 0.
-2. The answer is the content of the last `\boxed{...}`, braces matched; unclosed or empty scores 0. 3. So does no box.
+2. The answer is the content of the last `\boxed{...}`, braces matched; unclosed or empty scores 0.
+3. No box scores 0.
 4. Equality is mathematical and exact: 0.5 is 1/2, 0.333 is not 1/3. Lists are unordered, tuples ordered, [2,5) is not
    [2,5], and all that is in the box counts: `5 \text{ or } 6` is not 5, nor is `7=5`.
 5. Units, degree, percent and currency signs may be there or not (5 cm is 5, though not 5 km). So may the name in
@@ -23,6 +24,7 @@ import sys
 import threading
 import traceback
 from collections import Counter
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
 from multiprocessing.connection import wait
@@ -36,7 +38,7 @@ CACHED = 100_000  # verdicts kept
 BROKEN = 0.2  # more than this share of the answers that need a child fail: the verifier is broken, not the answers
 
 
-def boxed(response):
+def boxed(response: str) -> str | None:
     """The content of the last box (rules 1 to 3), or None."""
     text = response.rpartition("</think>")[2] if isinstance(response, str) else ""
     starts = [match.end() for match in re.finditer(r"\\boxed\s*\{", text)]
@@ -50,7 +52,8 @@ def boxed(response):
     return None
 
 
-def gold_text(gold):
+def gold_text(gold) -> str:
+    """The gold answer without its box; "" if there is none."""
     try:
         text = "" if gold is None else str(gold)
     except Exception:  # for example an int of 5000 digits
@@ -71,7 +74,7 @@ class RewardBroken(ValueError):
 _mine, _lock, _pools, _cache, _counts = threading.local(), threading.Lock(), {}, {}, Counter()
 
 
-def start(workers=2):
+def start(workers: int = 2) -> ThreadPoolExecutor:
     """Start the children (`grade` does so if need be)."""
     with _lock:
         if os.getpid() not in _pools:  # threads do not survive a fork
@@ -81,7 +84,8 @@ def start(workers=2):
     return _pools[os.getpid()]
 
 
-def spawn():
+def spawn() -> None:
+    """A new child for this thread."""
     # not multiprocessing, which would import the trainer's __main__ once more
     environ = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONHASHSEED": "0", "LD_PRELOAD": ""}
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, "bufsize": 0}
@@ -89,7 +93,8 @@ def spawn():
     _mine.child, _mine.ready = subprocess.Popen(command, env=environ, start_new_session=True, **pipes), False
 
 
-def hear(seconds):
+def hear(seconds: float) -> str:
+    """The child's next word. TimeoutError if it takes longer than `seconds`, EOFError if it is dead."""
     if not wait([_mine.child.stdout], seconds):
         raise TimeoutError
     if not (word := _mine.child.stdout.readline()):
@@ -97,7 +102,7 @@ def hear(seconds):
     return word.decode().strip()
 
 
-def ask(gold, answer):
+def ask(gold: str, answer: str) -> str:
     """The verdict of this thread's child: right, wrong, timeouts, kills, or failed if it cannot even start."""
     if not hasattr(_mine, "child"):
         spawn()
@@ -111,17 +116,15 @@ def ask(gold, answer):
             _mine.child.kill()
         except (EOFError, OSError):
             verdict, again = "kills", _mine.child.wait() in (0, -signal.SIGKILL, -signal.SIGTERM)
-        verdict = verdict if _mine.ready else "failed"
+        was_ready = _mine.ready
         _mine.child.wait()
         spawn()  # at once, so that the next answer need not wait
         if not again:
-            break
-    else:
-        verdict = "failed"  # three children lost to something else than this answer
-    return verdict
+            return verdict if was_ready else "failed"
+    return "failed"  # three children lost to something else than this answer
 
 
-def quick(gold, answer):
+def quick(gold: str, answer: str) -> str | None:
     """A verdict that needs no child, else None."""
     if not answer:
         return "no_box"
@@ -135,8 +138,8 @@ def quick(gold, answer):
     return _cache.get((gold, answer))
 
 
-def grade(responses, golds):
-    """1.0 for each response that is right, else 0.0."""
+def grade(responses: list[str], golds: list) -> list[float]:
+    """1.0 for each response that is right, else 0.0. VerifierBroken if more than BROKEN of them cannot be judged."""
     pairs = [(gold_text(gold), boxed(response)) for response, gold in zip(responses, golds, strict=True)]
     verdicts = {pair: quick(*pair) for pair in pairs}
     hard = Counter(pair for pair in pairs if verdicts[pair] is None)
@@ -161,7 +164,7 @@ def grade(responses, golds):
     return [float(verdicts[pair] == "right") for pair in pairs]
 
 
-def counts():
+def counts() -> dict[str, int]:
     """What became of the responses since the last call: each is counted once."""
     with _lock:
         _counts["graded"] = _counts.pop("right", 0) + _counts.pop("wrong", 0)
@@ -172,34 +175,36 @@ def counts():
 # ---- other rewards
 
 
-def grade_equation(responses, golds):
+def grade_equation(responses: list[str], golds: list) -> list[float]:
     """For the embedded arithmetic task: `40503150=05354` is right for 5354. One `=`, then digits and nothing else."""
     found = [re.fullmatch(r"[^=]*=([0-9]+)", text) if isinstance(text, str) else None for text in responses]
     wanted = [re.fullmatch(r"([0-9]+)", gold_text(gold)) for gold in golds]
     return [float(bool(a and b) and a[1].lstrip("0") == b[1].lstrip("0")) for a, b in zip(found, wanted, strict=True)]
 
 
-def grade_random(responses, golds):
+def grade_random(responses: list[str], golds: list) -> list[float]:
     """A coin for each response, equal ones too. The same call gets the same coins, so that a run can be repeated."""
     coins = random.Random(ascii((responses, golds)))
     return [float(coins.random() < 0.5) for _ in responses]
 
 
-def grade_format(responses, golds):
+def grade_format(responses: list[str], golds: list) -> list[float]:
+    """A box with something in it."""
     return [float(boxed(response) is not None) for response in responses]
 
 
-def grade_always(responses, golds):
+def grade_always(responses: list[str], golds: list) -> list[float]:
+    """Every group is dead, so that the model never changes: the noise of the evaluation."""
     return [1.0 for _ in responses]
 
 
-REWARDS = {"math": grade, "equation": grade_equation, "format": grade_format}
-CONTROLS = {"random": grade_random, "always": grade_always}  # they know nothing of the task
-REWARDS |= CONTROLS
+CONTROLS = {"random": grade_random, "always": grade_always, "format": grade_format}  # they do not look at the gold
+REWARDS = {"math": grade, "equation": grade_equation} | CONTROLS
 
 
-def load(name):
-    """The reward called `name`, or the function in `path/to/file.py:function`."""
+def load(name: str) -> Callable[[list[str], list], list[float]]:
+    """The reward called `name`, or the function in `path/to/file.py:function`, checked at every call (RewardBroken).
+    ValueError or FileNotFoundError if there is none."""
     if name in REWARDS:
         return REWARDS[name]
     path, _, function = name.rpartition(":")
@@ -208,7 +213,7 @@ def load(name):
     if not os.path.isfile(path):
         raise FileNotFoundError(f"--reward {name}: there is no file {os.path.abspath(path)}")
     spec = importlib.util.spec_from_file_location("user_reward", path)
-    module = importlib.util.module_from_spec(spec)
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)  # dataclasses look their module up there
     try:
         spec.loader.exec_module(module)
     except Exception as error:  # it is the user's code

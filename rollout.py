@@ -23,7 +23,7 @@ import torch.distributed as dist
 import ranks
 from buffer import Group
 from data import Prompt
-from logprobs import Scorer, Sequence, load_model
+from logprobs import LogProbModel, Sequence, load_model
 
 
 def request_seed(seed: int, step: int, prompt: int, sample: int) -> int:
@@ -152,7 +152,8 @@ SYNC_BOUND = {torch.float32: 0.05, torch.bfloat16: 1.0}
 class VLLMEngine:
     """vLLM in the trainer's process, on a GPU or a CPU. Without a model its weights stay those of `path`.
 
-    Leaves a default process group behind. One engine at a time: one that is collected takes the groups of all.
+    Leaves a default process group behind. One engine at a time: when one is garbage-collected, vLLM destroys the
+    process groups of all.
     """
 
     name = "vllm"
@@ -227,7 +228,7 @@ class VLLMEngine:
     def sync(self, model) -> float:
         """Pushes the weights of `model`. Returns the largest difference between the log-probs of the engine and of the
         trainer over a few answers; RuntimeError if it is more than rounding can explain."""
-        model = model if isinstance(model, Scorer) else Scorer(model)
+        model = model if isinstance(model, LogProbModel) else LogProbModel(model)
         if self.asleep:
             torch.cuda.empty_cache()  # what PyTorch hoards, vLLM cannot allocate
             self.llm.wake_up(tags=["weights"])
@@ -246,7 +247,7 @@ class VLLMEngine:
             )
         return error
 
-    def _push(self, model: Scorer) -> None:
+    def _push(self, model: LogProbModel) -> None:
         """By the worker's own loader, which knows names, fused layers and shards, and leaves tensors where CUDA graphs
         look for them. Never without an iterator: then it silently reads the checkpoint on disk once more."""
         weights = ((n, ranks.whole(weight.detach()).to(self.dtype)) for n, weight in model.model.named_parameters())
@@ -254,7 +255,7 @@ class VLLMEngine:
         self.llm.apply_model(_repack_tied_head)
 
     @torch.no_grad()
-    def _difference(self, model: Scorer) -> float:
+    def _difference(self, model: LogProbModel) -> float:
         """Over answers to fixed prompts with fixed seeds. Not over fixed answers: they grow unlikely as the policy
         changes, and rounding weighs three times as much on unlikely tokens."""
         groups = self.generate(self.probes, 1, 0, 0, temperature=1.0, limit=min(PROBE_TOKENS, self.max_tokens))

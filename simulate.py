@@ -21,20 +21,24 @@ out: answers' length and time (a rollout is a rollout), and all that a network's
 
 import argparse
 import dataclasses
+import inspect
 import itertools
 import json
 import math
+import re
 import shlex
 import sys
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Literal, get_args
 
 import numpy as np
 
 import plot
 import stats
 from adaptive import Adaptive
+from config import fail
 from replay import GRESO, Prioritized, PromptReplay, Uniform
 
 HERE = Path(__file__).parent
@@ -52,34 +56,23 @@ VISITS, SHARINGS, INTERFERENCES = (0.04, 0.14, 0.4, 1.4, 4.0), (0.0, 0.5, 0.9, 0
 RARE, SOLVED, HELD_OUT, POINTS, FEATURES = 0.03, 0.97, 500, 100, 16
 MOMENTUM, MEMORY = 0.9, 0.95  # of --optimizer adam
 FIGURES = ("dead", "replayed", "distinct", "moved_fresh", "moved_replayed")
-HELP = {
-    "visit": "logits by which one visit moves a prompt of one skill at pass rate one half",
-    "sharing": "1 - skills / skill slots: 0 each prompt its own; 0.5 each skill in two prompts; 0.975 in forty",
-    "difficulty": "share of prompts with a skill that hardly ever comes off at the start",
-    "interference": "share of each step that goes along features that all skills have at random",
-    "skills": "skills of a prompt",
-    "prompts": "prompts in the data set",
-    "prompts_per_step": "prompts of a step",
-    "answers": "answers to a prompt",
-    "steps": "steps at most; fewer where uniform sampling gets four fifths of the way sooner",
-    "optimizer": "sgd, or adam: momentum and one scale for all logits",
-}
 
 
 @dataclass
 class Setting:
-    """One cell of the map; HELP says what the numbers are."""
+    """One cell of the map. Fields and comments are the flags and their help."""
 
-    visit: float = 0.14
-    sharing: float = 0.0
-    difficulty: float = 0.5
-    interference: float = 0.0
-    skills: int = 2  # of a prompt, K
-    prompts: int = 1000  # in the data set, N
-    prompts_per_step: int = 16  # P
-    answers: int = 8  # to a prompt, G
-    steps: int = 600
-    optimizer: str = "sgd"
+    visit: float = 0.14  # logits by which one visit moves a prompt of one skill at pass rate one half
+    sharing: float = 0.0  # 1 - skills / skill slots; 0: each prompt its own; 0.5: each skill in two; 0.975: in forty
+    difficulty: float = 0.5  # share of prompts with a skill that hardly ever comes off at the start
+    interference: float = 0.0  # share of each step that goes along features that all skills have at random
+    skills: int = 2  # skills of a prompt, K
+    prompts: int = 1000  # prompts in the data set, N
+    prompts_per_step: int = 16  # prompts of a step, P
+    answers: int = 8  # answers to a prompt, G
+    steps: int = 600  # steps at most; fewer where uniform sampling gets four fifths of the way sooner
+    optimizer: Literal["sgd", "adam"] = "sgd"  # adam: momentum and one scale for all logits
+    normalise: Literal["batch", "live"] = "batch"  # live: dead groups do not make a step shorter (as in grpo.py)
 
     def __post_init__(self):
         for name, value in dataclasses.asdict(self).items():
@@ -130,6 +123,11 @@ def reinforce(rate: np.ndarray, uniforms: np.ndarray) -> tuple[np.ndarray, np.nd
     return right.sum(2), np.einsum("spg,spgk->spk", advantage, came_off) / right.shape[2]
 
 
+def alive(correct: np.ndarray, answers: int) -> np.ndarray:
+    """How many groups have a gradient, of those with `correct` [S, P] right `answers`: [S]."""
+    return ((correct > 0) & (correct < answers)).sum(1)
+
+
 class Policy:
     """Logits [S, F] of S seeds, and the step that moves them."""
 
@@ -138,16 +136,20 @@ class Policy:
         self.theta, self.skills, self.test = (np.stack(part) for part in zip(*tasks, strict=True))
         self.rngs = [np.random.default_rng([seed, 1, salt]) for seed in seeds]
         self.rows = np.arange(len(seeds))[:, None]  # [S, 1]
-        # at pass rate one half the expected gradient is p (1 - p) (1 - 1/G); the sum over prompts is not divided by P
+        # at pass rate one half the expected gradient is p (1 - p) (1 - 1/G); the sum over prompts is not divided
         self.rate = setting.visit * 4 / (1 - 1 / setting.answers)
         self.mix, shape = setting.interference, (*self.theta.shape, FEATURES)
         if self.mix:
             features = np.stack([np.random.default_rng([seed, 2]).standard_normal(shape[1:]) for seed in seeds])
             self.features = features / np.linalg.norm(features, axis=2, keepdims=True)  # [S, F, features]
         self.answers, self.adam = setting.answers, setting.optimizer == "adam"
+        self.live = np.zeros(len(seeds))  # groups with a gradient in a batch at the start; 0: they do not matter
+        everything = np.broadcast_to(np.arange(setting.prompts), (len(seeds), setting.prompts))
+        if setting.normalise == "live":
+            self.live = alive(self.answer(everything)[0], self.answers) / setting.prompts * setting.prompts_per_step
         if self.adam:
             # one scale for all logits, as for a network's shared weights; 1 at the start under uniform sampling
-            gradient = self.answer(np.broadcast_to(np.arange(setting.prompts), (len(seeds), setting.prompts)))[1]
+            gradient = self.answer(everything)[1]
             self.usual = (gradient**2).sum(2).mean(1) * setting.prompts_per_step + 1e-12  # [S], of a batch
             self.square, self.momentum = self.usual.copy(), np.zeros_like(self.theta)
 
@@ -164,6 +166,8 @@ class Policy:
         correct, gradient, skills = self.answer(chosen)
         total = np.zeros_like(self.theta)
         np.add.at(total, (self.rows[:, :, None], skills), gradient)
+        if self.live.any():
+            total *= (self.live / np.maximum(alive(correct, self.answers), 1))[:, None]
         if self.mix:
             along = np.einsum("sf,sfd->sd", total, self.features)
             total = (1 - self.mix) * total + self.mix * np.einsum("sd,sfd->sf", along, self.features)
@@ -203,7 +207,7 @@ def run(setting: Setting, rule, seeds: list[int], salt: int = 0, until: float = 
             known = (back == kind) & ~np.isnan(change)
             moved[kind] += np.where(known, change, 0).sum(1)
             moves[kind] += known.sum(1)
-        dead += ((correct == 0) | (correct == g)).mean(1)
+        dead += 1 - alive(correct, g) / setting.prompts_per_step
         replayed += back.mean(1)
         if step % max(setting.steps // POINTS, 1) == 0:
             curve.append(accuracy(policy.theta, policy.test))
@@ -312,11 +316,13 @@ def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
+    parser.error = fail
+    comments = dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(Setting), re.M))
     for field in dataclasses.fields(Setting):
-        choices = ("sgd", "adam") if field.name == "optimizer" else None
+        choices = get_args(field.type) or None
         parser.add_argument(
-            "--" + field.name.replace("_", "-"), type=field.type, default=field.default, choices=choices,
-            help=f"{HELP[field.name]} ({field.default})",
+            "--" + field.name.replace("_", "-"), type=str if choices else field.type, default=field.default,
+            choices=choices, help=f"{comments[field.name]} ({field.default})",
         )  # fmt: skip
     usual = [name for name in RULES if name != "placebo"]
     parser.add_argument("--rules", nargs="+", choices=RULES, default=usual, metavar="RULE", help=", ".join(RULES))

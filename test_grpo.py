@@ -15,7 +15,16 @@ import grpo
 import tiny
 from config import Config
 from grpo import advantages, k3, policy_loss, token_weights, update
-from logprobs import Scorer, Sequence, check_model, choose_attention, model_logprobs, pack, share_out, token_logprobs
+from logprobs import (
+    LogProbModel,
+    Sequence,
+    check_model,
+    choose_attention,
+    model_logprobs,
+    pack,
+    share_out,
+    token_logprobs,
+)
 
 VOCABULARY, PAD, EOS = 23, 0, 1
 F64 = torch.float64
@@ -102,14 +111,14 @@ def one_token(rho, advantage, w=1.0, **options):
 @pytest.mark.parametrize(
     ("rho", "sign", "dual_clip", "term", "slope"),
     [
-        (0.5, +1, None, 0.5, 0.5),
-        (1.0, +1, None, 1.0, 1.0),
-        (1.5, +1, None, 1.28, 0.0),
-        (20.0, +1, None, 1.28, 0.0),
-        (0.5, -1, None, -0.8, 0.0),
-        (1.0, -1, None, -1.0, -1.0),
-        (1.5, -1, None, -1.5, -1.5),
-        (20.0, -1, None, -20.0, -20.0),
+        (0.5, +1, 0.0, 0.5, 0.5),
+        (1.0, +1, 0.0, 1.0, 1.0),
+        (1.5, +1, 0.0, 1.28, 0.0),
+        (20.0, +1, 0.0, 1.28, 0.0),
+        (0.5, -1, 0.0, -0.8, 0.0),
+        (1.0, -1, 0.0, -1.0, -1.0),
+        (1.5, -1, 0.0, -1.5, -1.5),
+        (20.0, -1, 0.0, -20.0, -20.0),
         (0.5, +1, 10.0, 0.5, 0.5),  # the dual clip touches wrong answers grown likely, nothing else
         (1.0, +1, 10.0, 1.0, 1.0),
         (1.5, +1, 10.0, 1.28, 0.0),
@@ -139,13 +148,13 @@ def test_zero_advantage_has_no_gradient_and_counts_as_unclipped():
 
 
 @pytest.mark.parametrize(
-    ("w", "cap", "used"), [(3, None, 3), (3, 2.0, 2), (3, 0, 1), (0.5, None, 0.5), (0.5, 2.0, 0.5), (0.5, 0, 1)]
+    ("w", "cap", "used"), [(3, math.inf, 3), (3, 2.0, 2), (3, 0, 1), (0.5, math.inf, 0.5), (0.5, 2.0, 0.5), (0.5, 0, 1)]
 )
 @pytest.mark.parametrize(("rho", "sign"), [(1.1, 1), (1.1, -1), (1.5, 1), (0.5, -1)])
 @pytest.mark.parametrize("loss", ["clip", "cispo"])
 def test_importance_weight_multiplies_loss_and_gradient(w, cap, used, rho, sign, loss):
     # the clip acts on rho alone, so that w changes nothing but the size
-    plain, weighted = (one_token(rho, sign, w=x, cap=c, loss=loss) for x, c in ((1.0, None), (w, cap)))
+    plain, weighted = (one_token(rho, sign, w=x, cap=c, loss=loss) for x, c in ((1.0, math.inf), (w, cap)))
     assert weighted[:2] == pytest.approx((used * plain[0], used * plain[1]))
     assert weighted[2] == plain[2]
 
@@ -155,13 +164,13 @@ def test_only_the_ratio_carries_gradient():
     logprob, old, behaviour = (torch.randn(4, dtype=F64, requires_grad=True) for _ in range(3))
     for loss, ratio, proximal in itertools.product(("clip", "cispo"), ("token", "sequence"), ("old", "birth")):
         value, _ = policy_loss(
-            logprob, old, behaviour, ones, ones, segment, cap=None, ratio=ratio, loss=loss, proximal=proximal
+            logprob, old, behaviour, ones, ones, segment, cap=math.inf, ratio=ratio, loss=loss, proximal=proximal
         )
         value.backward()
         assert old.grad is None and behaviour.grad is None
     # pi_old may be the very tensor that is trained: gradient w A, without a part from d w / d theta
     logprob.grad = None
-    policy_loss(logprob, logprob, behaviour.detach(), ones, ones, segment, cap=None)[0].backward()
+    policy_loss(logprob, logprob, behaviour.detach(), ones, ones, segment, cap=math.inf)[0].backward()
     torch.testing.assert_close(logprob.grad, -torch.exp(logprob - behaviour).detach())
 
 
@@ -174,7 +183,7 @@ def token_batch(drift: float = 0.3):
     return logprob, old, behaviour, tensor([0.5, -1.0, 0.8])[segment], torch.rand(7, dtype=F64), segment
 
 
-@pytest.mark.parametrize("cap", [None, 2.0, 0])
+@pytest.mark.parametrize("cap", [math.inf, 2.0, 0])
 @pytest.mark.parametrize("ratio", ["token", "sequence"])
 def test_birth_is_ppo_against_the_behaviour_policy(cap, ratio):
     logprob, old, behaviour, *rest = token_batch()
@@ -190,7 +199,7 @@ def test_birth_is_ppo_against_the_behaviour_policy(cap, ratio):
 
 @pytest.mark.parametrize("loss", ["clip", "cispo"])
 @pytest.mark.parametrize("ratio", ["token", "sequence"])
-@pytest.mark.parametrize("cap", [None, 2.0, 0])
+@pytest.mark.parametrize("cap", [math.inf, 2.0, 0])
 def test_on_policy_gradient_is_the_weighted_policy_gradient(loss, ratio, cap):
     # popo.md section 9 point 7: at theta = pi_old the ratio is 1, and d loss / d log pi = - weight w A
     logprob, old, behaviour, advantage, weight, segment = token_batch(drift=0.0)
@@ -299,7 +308,7 @@ def test_replayed_gradient_equals_the_on_policy_gradient_in_expectation():
     on_policy = expected_gradient(theta, policy.log(), advantage)
     by_hand = -policy * (advantage - (policy * advantage).sum())  # - sum pi A grad log pi
     torch.testing.assert_close(on_policy, by_hand)
-    torch.testing.assert_close(expected_gradient(theta, stale, advantage, cap=None), by_hand)
+    torch.testing.assert_close(expected_gradient(theta, stale, advantage, cap=math.inf), by_hand)
     # negative control (popo.md section 9 point 9): taken for on-policy, the same data point elsewhere
     wrong = expected_gradient(theta, stale, advantage, cap=0)
     assert (wrong - by_hand).norm() > 0.5 * by_hand.norm()
@@ -323,7 +332,7 @@ def test_expected_group_gradient_is_that_of_the_pass_rate(kind):
     torch.testing.assert_close(-gradient, pass_rate * (1 if kind == "rloo" else 1 - 1 / size))
 
 
-def learn(seed: int, cap: float | None, age: int, steps: int = 200, groups: int = 16, size: int = 8) -> float:
+def learn(seed: int, cap: float, age: int, steps: int = 200, groups: int = 16, size: int = 8) -> float:
     """Final pass rate of a policy over three habits, right with chance 0.05, 0.5 and 0.95, trained on answers that are
     `age` steps old."""
     generator = torch.Generator().manual_seed(seed)
@@ -344,8 +353,8 @@ def learn(seed: int, cap: float | None, age: int, steps: int = 200, groups: int 
 def test_stale_replay_learns_with_weights_and_stalls_without():
     # Old data praise the middling habit long after it has won; without weights that drowns the better one.
     seeds = range(4)
-    exact, truncated, uncorrected = ([learn(seed, cap, age=40) for seed in seeds] for cap in (None, 2.0, 0))
-    fresh = [learn(seed, None, age=0) for seed in seeds]
+    exact, truncated, uncorrected = ([learn(seed, cap, age=40) for seed in seeds] for cap in (math.inf, 2.0, 0))
+    fresh = [learn(seed, math.inf, age=0) for seed in seeds]
     assert min(fresh) > 0.9
     assert min(exact) > 0.85 and min(truncated) > 0.85
     assert max(uncorrected) < 0.75
@@ -655,7 +664,7 @@ def naive_loss(model, sequences, cfg, old=None, reference=None):
 OBJECTIVES = {
     "default": {},
     "grpo": {"normaliser": "sequence", "temperature": 0.7},
-    "dr_grpo": {"normaliser": "constant", "is_cap": None},
+    "dr_grpo": {"normaliser": "constant", "is_cap": math.inf},
     "uncorrected": {"is_cap": 0},
     "birth": {"proximal": "birth", "dual_clip": 1.6, "clip_low": 0.1, "clip_high": 0.15},
     "gspo": {"ratio": "sequence", "proximal": "birth", "normaliser": "sequence", "clip_low": 0.03, "clip_high": 0.04},
@@ -949,7 +958,7 @@ def one_rank(rank: int, world: int, folder: str):
     patience = timedelta(seconds=90)  # ranks that fall out of step shall fail, not hang
     dist.init_process_group("gloo", f"file://{folder}/meet", patience, world, rank)
     model, reference, sequences = rank_case()
-    scorers = [Scorer(m) for m in (model, reference)]
+    scorers = [LogProbModel(m) for m in (model, reference)]
     for scorer in scorers:
         for part in (*scorer.model.base_model.layers, scorer):
             fully_shard(part)
@@ -1107,7 +1116,7 @@ def test_drift_is_the_mean_k3_from_each_groups_own_sampler():
         values = [math.exp(-d) - 1 + d for d, row in zip(shifts[part], now[part], strict=True) for _ in row]
         expected.append(sum(values) / len(values))
     for tokens in (20, 1000):  # however it is cut
-        found = grpo.drift(Scorer(model), groups, Config(dtype="float32", tokens_per_microbatch=tokens))
+        found = grpo.drift(LogProbModel(model), groups, Config(dtype="float32", tokens_per_microbatch=tokens))
         assert found == pytest.approx(expected, abs=1e-5)
     assert abs(found[0]) < 1e-6 < min(found[1:])
 
@@ -1131,11 +1140,11 @@ def test_a_variable_length_kernel_gets_one_row_without_slack():
     total = sum(map(len, sequences))
     for tokens in (1, 40, 10_000):
         model.config._attn_implementation = "flash_attention_2"
-        micros = Scorer(model).pack(sequences, tokens)
+        micros = LogProbModel(model).pack(sequences, tokens)
         assert all(micro.input_ids.shape[0] == 1 for micro in micros)
         assert sum(micro.input_ids.numel() for micro in micros) == total
         model.config._attn_implementation = "sdpa"
-        plain = Scorer(model).pack(sequences, tokens)
+        plain = LogProbModel(model).pack(sequences, tokens)
         assert max(len(micro.input_ids) for micro in plain) > 1 or tokens == 1
     assert len(micros) == 1
 

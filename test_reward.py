@@ -560,6 +560,15 @@ def test_equation(response, gold, expected):
     assert reward.load("equation")([response], [gold]) == [float(expected)]
 
 
+def test_a_reward_file_may_hold_dataclasses(tmp_path):
+    (tmp_path / "mine.py").write_text(
+        "from __future__ import annotations\nfrom dataclasses import dataclass\n"
+        "@dataclass\nclass Half:\n    value: float = 0.5\n"
+        "def score(responses, golds):\n    return [Half().value for _ in responses]\n"
+    )
+    assert reward.load(f"{tmp_path / 'mine.py'}:score")(["a", "b"], ["1", "2"]) == [0.5, 0.5]
+
+
 def test_random_and_always():
     responses, golds = [box("5"), "\ud800"] * 500, ["5"] * 1000
     flips = reward.load("random")(responses, golds)

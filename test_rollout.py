@@ -25,7 +25,7 @@ import rollout
 import tiny
 from config import Config
 from data import Prompt
-from logprobs import Scorer
+from logprobs import LogProbModel
 
 HERE = Path(__file__).parent
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -445,11 +445,11 @@ def test_vllm_follows_an_optimiser_step_by_a_sync_and_not_before(case):
         train_step(model)
     unsynced = case.engine.generate(prompts(), 1, seed=0, step=1, temperature=0.0)
     assert all(torch.equal(a.logprobs[0], b.logprobs[0]) for a, b in zip(before, unsynced, strict=True))
-    assert case.engine._difference(Scorer(model)) > rollout.SYNC_BOUND[getattr(torch, case.dtype)]
+    assert case.engine._difference(LogProbModel(model)) > rollout.SYNC_BOUND[getattr(torch, case.dtype)]
     assert case.engine.sync(model) < case.bound
     assert largest_error(model, prompts(), case.engine.generate(prompts(), 4, seed=0, step=2)) < case.bound
     train_step(model)  # in place: the engine must hold a copy
-    assert case.engine._difference(Scorer(model)) > case.bound
+    assert case.engine._difference(LogProbModel(model)) > case.bound
     assert case.engine.sync(case.model) < case.bound
 
 

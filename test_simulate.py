@@ -27,6 +27,20 @@ def test_a_visit_at_one_half_moves_a_prompt_by_the_step_asked_for():
     assert policy.theta.mean() == pytest.approx(np.log(0.1 / 0.9) + 0.3 * 4 * 0.09, abs=0.02)
 
 
+def test_dead_groups_make_a_step_shorter_or_do_not():
+    def moved(right: int, normalise: str) -> float:
+        """How far the prompts that are alive move where `right` of 2000 are solved."""
+        policy = one_skill(0.5, normalise=normalise)
+        policy.live[:] = 2000 if normalise == "live" else 0
+        policy.theta[0, :right] = 50.0
+        before = policy.theta.copy()
+        policy.step(np.arange(2000)[None])
+        return (policy.theta - before)[0, right:].mean()
+
+    assert moved(1500, "batch") == pytest.approx(moved(0, "batch"), rel=0.1)
+    assert moved(1500, "live") == pytest.approx(4 * moved(0, "live"), rel=0.1)
+
+
 def test_gradient_is_that_of_the_exact_pass_rate():
     rate = np.array([0.3, 0.8, 0.9])
     uniforms = np.random.default_rng(0).random((1, 40_000, 8, 3))

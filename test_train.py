@@ -236,6 +236,14 @@ BAD_FLAGS = {
     "--kl -1": "--kl and --is-cap",
     "--is-cap -1": "--kl and --is-cap",
     "--dual-clip 0.5": "--dual-clip above 1",
+    "--dual-clip -2": "--dual-clip above 1",
+    "--is-cap nan": "--kl and --is-cap",
+    "--seed -1": "--seed must be at least 0",
+    "--tensor-parallel 0": "--tensor-parallel must be at least 1",
+    "--kv-cache-gb -3": "--kv-cache-gb must be at least 0",
+    "--gpu-memory 1.5": "--gpu-memory is a share",
+    "--threads 100000": "--threads must be at most 1024",
+    "--replay adaptive+rollout": "--min-ess 0",
     "--dry-run --reward nosuch": "nosuch",
     "--dry-run --share 7": "share",
     "--replay prompt+": "not known",
@@ -291,10 +299,12 @@ def test_a_run_is_neither_overwritten_nor_resumed_with_other_settings(finished, 
     assert figures(plot.read(out / "metrics.jsonl")) == figures(rows)
 
 
-def test_a_run_that_has_spent_its_rollouts_has_nothing_left_to_do(tmp_path):
+def test_a_run_that_has_spent_its_rollouts_has_nothing_left_to_do(tmp_path, capsys):
     flags = ["--max-rollouts", "90", "--steps", "100"]
     first = run(tmp_path / "run", *flags)
+    assert "nothing left" not in capsys.readouterr().out
     assert run(tmp_path / "run", *flags, "--resume") == first
+    assert "nothing left to do after step" in capsys.readouterr().out
 
 
 def test_two_runs_that_start_at_once_get_a_folder_each(tmp_path):
@@ -347,9 +357,11 @@ def test_a_reward_function_that_does_not_do_what_it_has_to(tmp_path, capsys, bod
     assert BROKEN[body] in error[-1] and "Traceback" not in "".join(error)
 
 
-def test_controls_are_judged_by_the_task(tmp_path):
-    rows = run(tmp_path / "run", "--reward", "always", "--steps", "4")
-    assert all(row["reward"] == 1 for row in rows) and rows[-1]["eval_accuracy"] < 0.9
+@pytest.mark.parametrize(("control", "reward"), [("always", 1), ("format", 0)])
+def test_controls_are_judged_by_the_task(tmp_path, control, reward):
+    rows = run(tmp_path / "run", "--reward", control, "--steps", "4")
+    assert all(row["reward"] == reward for row in rows) and 0 < rows[-1]["eval_accuracy"] < 0.9
+    assert all(row["optimizer_steps"] == 0 for row in rows)  # every group is dead
 
 
 def test_a_gradient_that_is_not_finite_stops_the_run_before_it_is_used(tmp_path, capsys, monkeypatch):

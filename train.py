@@ -32,7 +32,7 @@ import tiny
 from adaptive import Adaptive
 from buffer import Group, GroupReplay, RolloutReplay, Surplus, make_stores
 from config import Config
-from logprobs import Scorer, Sequence, load_model
+from logprobs import LogProbModel, Sequence, load_model
 from replay import GRESO, Prioritized, PromptReplay, Uniform
 from rollout import EngineAstray, TransformersEngine, VLLMEngine, make_engine
 
@@ -41,12 +41,12 @@ HERE = Path(__file__).parent
 
 @dataclass
 class Run:
-    """All that a step needs; what of it changes is what a checkpoint holds."""
+    """Everything a step needs. A checkpoint saves the parts that change."""
 
     cfg: Config
     folder: Path
-    model: Scorer  # the trained model, sharded where there are several ranks
-    reference: Scorer | None  # the model as loaded, for the KL
+    model: LogProbModel  # the trained model, sharded where there are several ranks
+    reference: LogProbModel | None  # the model as loaded, for the KL
     tokenizer: object
     engine: TransformersEngine | VLLMEngine
     optimizer: torch.optim.Optimizer
@@ -81,15 +81,15 @@ def prepare(cfg: Config) -> Run:
     model, tokenizer, stop_ids = load_model(path, cfg.gradient_checkpointing, cfg.attention)
     prompts, held_out = load_prompts(cfg, tokenizer)
     sampler = make_sampler(switches.get("prompts"), len(prompts), cfg)
-    reference = Scorer(copy.deepcopy(model).requires_grad_(False)) if cfg.kl else None
+    reference = LogProbModel(copy.deepcopy(model).requires_grad_(False)) if cfg.kl else None
     engine = make_engine(cfg.engine, model, path, stop_ids, cfg)
-    scorer = Scorer(model)
+    scorer = LogProbModel(model)
 
-    def drift(groups: list[Group]) -> list[float]:
+    def drift_of_stored(groups: list[Group]) -> list[float]:
         pairs = [(prompts[g.prompt].ids, zip(g.tokens, g.logprobs, strict=True)) for g in groups]
         return grpo.drift(scorer, [[Sequence(ids, *answer, 0.0, 0) for answer in group] for ids, group in pairs], cfg)
 
-    stores = make_stores(switches, cfg, drift)
+    stores = make_stores(switches, cfg, drift_of_stored)
     for module in filter(None, (scorer, reference)):
         layers = [m for m in module.modules() if type(m).__name__ in (model._no_split_modules or ())]
         ranks.shard(module, layers, cfg.dtype == "bfloat16")
@@ -106,6 +106,7 @@ def prepare(cfg: Config) -> Run:
 
 
 def make_sampler(name: str | None, n: int, cfg: Config):
+    """For `n` prompts, with the settings of `cfg`. ValueError for settings that cannot be meant."""
     if name == "prompt":
         return PromptReplay(n, cfg.seed, cfg.band, cfg.share, cfg.cooldown, cfg.max_reuse)
     if name == "prioritized":
@@ -158,7 +159,7 @@ def dry_run(cfg: Config, given: list[str]) -> str:
 # ---------------------------------------------------------------- one step, in parts
 
 
-def rollouts(run: Run, drawn: list[int], step: int) -> list[Group]:
+def generate(run: Run, drawn: list[int], step: int) -> list[Group]:
     """Answers to this rank's share of the drawn prompts."""
     mine = [run.prompts[i] for i in ranks.share(drawn)]
     return run.engine.generate(mine, run.cfg.answers_per_prompt, run.cfg.seed, step)
@@ -175,6 +176,7 @@ def score(run: Run, groups: list[Group]) -> list[list[str]]:
 
 
 def observe(sampler, groups: list[Group], step: int) -> None:
+    """Tells `sampler` how `groups` turned out; of rewards other than 0 and 1 the variance too, as it is not p(1-p)."""
     rewards = torch.stack([group.rewards for group in groups])  # [P, G]
     binary = bool(((rewards == 0) | (rewards == 1)).all())
     variance = None if binary else rewards.var(1, unbiased=False).tolist()
@@ -183,7 +185,7 @@ def observe(sampler, groups: list[Group], step: int) -> None:
 
 
 def training_sequences(run: Run, batch: list[Group], step: int) -> list[Sequence]:
-    """The answers of `batch`, equal ones of a group once with their number: the gradient is the same."""
+    """The answers of `batch`. Equal answers of a group become one with a count, which leaves the gradient unchanged."""
     sequences: dict[tuple, Sequence] = {}
     for group in batch:
         advantages = group.advantages.tolist()
@@ -202,6 +204,7 @@ def training_sequences(run: Run, batch: list[Group], step: int) -> list[Sequence
 
 
 def evaluate(run: Run) -> float:
+    """Held-out accuracy; each rank answers its share."""
     mine = ranks.share(run.held_out)
     settings = (run.tokenizer, run.judge, run.cfg.eval_samples, run.cfg.seed)
     mean = eval.accuracy(run.engine, mine, *settings)  # without prompts too: ranks may share an engine
@@ -225,14 +228,17 @@ def record(run: Run, step: int, groups: list[Group], batch: list[Group], trained
     return row | {"seconds_total": sum(seconds.values()), "peak_memory_mb": log.peak_memory_mb()}
 
 
+def finished(run: Run) -> bool:
+    return run.step >= run.cfg.steps or 0 < run.cfg.max_rollouts <= run.rollouts
+
+
 def train(run: Run) -> int:
     """The loop. Returns the signal that ended it early, or 0."""
     cfg, stop, ended_by = run.cfg, ranks.Stop(), 0
-    if 0 < cfg.max_rollouts <= run.rollouts:
+    if finished(run):
         return 0  # resumed when nothing was left to do
-    surplus = run.stores.get("dapo")
-    evaluates = cfg.eval_every and run.held_out
-    start = {"eval_accuracy_start": evaluate(run)} if evaluates and run.step == 0 else {}
+    surplus, evaluates = run.stores.get("dapo"), cfg.eval_every and run.held_out
+    before = {"eval_accuracy_start": evaluate(run)} if evaluates and run.step == 0 else {}
     progress = log.progress(run)
     with log.profiler(run.folder, cfg.profile) as profiler:
         for step in progress:
@@ -247,7 +253,7 @@ def train(run: Run) -> int:
                 drawn = run.sampler.draw(cfg.prompts_per_step, step)
                 if not drawn:
                     break  # a small data set: every prompt is in this step already
-                mine = rollouts(run, drawn, step)
+                mine = generate(run, drawn, step)
                 seconds["rollout"] += clock.lap()
                 own += zip(mine, score(run, mine), strict=True)
                 new = ranks.gather(mine)  # every rank knows all groups: samplers and stores stay the same everywhere
@@ -272,8 +278,9 @@ def train(run: Run) -> int:
             trained["sync_error"] = run.engine.sync(run.model)
             seconds["sync"] += clock.lap()
 
-            row = record(run, step, groups, batch, trained, seconds) | start
-            start, last = {}, step == cfg.steps or 0 < cfg.max_rollouts <= run.rollouts
+            row = record(run, step, groups, batch, trained, seconds) | before
+            before = {}
+            last = finished(run)
             if evaluates and (step % cfg.eval_every == 0 or last):
                 row["eval_accuracy"] = evaluate(run)
             log.write(run, row, progress, own)
@@ -303,7 +310,7 @@ def start(cfg: Config, given: list[str]) -> int:
     if ranks.is_main():
         settings = asdict(cfg) | {"given": given, "prompts_sha256": run.digest, "commit": stats.commit()}
         (run.folder / "config.json").write_text(json.dumps(settings, indent=2) + "\n")
-        going = "nothing left to do" if run.step >= cfg.steps else "going on"
+        going = "nothing left to do" if finished(run) else "going on"
         print(f"run folder: {run.folder}{f', {going} after step {run.step}' if run.step else ''}")
     ended_by = train(run)
     if not ended_by:

@@ -28,6 +28,8 @@ import tiny
 
 @dataclass(frozen=True)
 class Problem:
+    """What is asked, and what counts as right."""
+
     text: str | list[dict]
     golds: tuple[str, ...]  # one of them must match
     tolerance: float = 0.0  # plain numbers may be off by this

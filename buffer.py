@@ -177,7 +177,8 @@ class GroupReplay(Saved):
 class RolloutReplay(Saved):
     """Rollout-level replay (2606.04560): on top of all useful fresh answers, round(ratio * their number) single stored
     ones, drawn without replacement with probability proportional to (|A| + 1e-6)^exponent, at most `max_age` steps old;
-    none in the first `warmup` steps. Tokens, log-probs and advantages stay as they were at birth."""
+    none in the first `warmup` steps. Tokens, log-probs and advantages stay as they were at birth. What is added takes
+    no group's place, so that `places` do not matter here."""
 
     STATE = ("stored", "rng")
 

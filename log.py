@@ -33,7 +33,11 @@ def forget_after(path: Path, step: int) -> None:
 
 
 def rollout_figures(groups: list[Group], replays: set[int]) -> dict:
-    """What the answers generated in this step were like, prompts that came back apart from fresh ones."""
+    """What the answers generated in this step were like; `replays` are the prompts that the sampler brought back.
+
+    Shares are of groups, `truncated` of answers; pass_rates_*: [G + 1] numbers of groups with 0 .. G right answers;
+    entropy: nats per token, estimated by -log mu of the sampled tokens at their temperature.
+    """
     rewards = torch.stack([group.rewards for group in groups])  # [P, G]
     dead = torch.tensor([group.dead for group in groups]).float()
     back = torch.tensor([group.prompt in replays for group in groups])
@@ -50,7 +54,7 @@ def rollout_figures(groups: list[Group], replays: set[int]) -> dict:
         "mean_abs_advantage": centred.mean().item(),
         "replayed": back.float().mean().item(),
         "truncated": sum(sum(group.truncated) for group in groups) / rewards.numel(),
-        "entropy": -logprobs.mean().item(),  # of the policy on its own answers, dead groups included
+        "entropy": -logprobs.mean().item(),  # dead groups included
         "pass_rates_fresh": torch.bincount(counts[~back], minlength=size + 1).tolist(),
         "pass_rates_replayed": torch.bincount(counts[back], minlength=size + 1).tolist(),
     }
@@ -61,8 +65,8 @@ def rollout_figures(groups: list[Group], replays: set[int]) -> dict:
 
 
 class Gauge(Saved):
-    """How far a visit moves a prompt: the change of its pass rate from one visit to the next, apart for visits by
-    replay and by the epochs. Replay pays where it is small (LOG.md), so that a run can tell whether it does.
+    """How far a visit moves a prompt: the change of its pass rate from one visit to the next, kept separately for
+    visits by replay and by the epochs. Replay pays where it is small (LOG.md), so that a run can tell whether it does.
 
     Prompts are brought back for their measured rate, which luck is part of: some of their change is luck going away.
     """

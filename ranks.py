@@ -85,6 +85,7 @@ def total(values: list[float]) -> list[float]:
 
 
 def largest(value: float) -> float:
+    """Over ranks."""
     most = torch.tensor(float(value), dtype=torch.float64)
     if world() > 1:
         dist.all_reduce(most, dist.ReduceOp.MAX)

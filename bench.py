@@ -111,12 +111,12 @@ def contender_step_trl(**options) -> dict[str, float]:
     from transformers import TrainerCallback
     from trl import GRPOConfig, GRPOTrainer
 
+    import logprobs
     import reward
-    import rollout
     import tiny
 
     torch.set_num_threads(1)
-    model, tokenizer, _ = rollout.load_model(str(tiny.make(HERE / "out" / "tiny-model")))
+    model, tokenizer, _ = logprobs.load_model(str(tiny.make(HERE / "out" / "tiny-model")))
     marks = []
 
     class Note(TrainerCallback):

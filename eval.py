@@ -35,6 +35,7 @@ import torch
 from tqdm import tqdm
 
 import data
+import logprobs
 import reward
 import rollout
 import stats
@@ -261,7 +262,7 @@ def prepare(args):
         torch.set_num_threads(EMBEDDED["threads"])
     path = args.model or str(tiny.make(HERE / "out" / "tiny-model"))
     on_vllm = find_spec("vllm") and (args.engine == "vllm" or (args.engine == "auto" and torch.cuda.is_available()))
-    model, tokenizer, stop_ids = rollout.load_model(path, device="cpu" if on_vllm else None)  # vLLM wants the room
+    model, tokenizer, stop_ids = logprobs.load_model(path, device="cpu" if on_vllm else None)  # vLLM wants the room
     if not tokenizer.chat_template and not small:
         print(data.PLAIN_TEXT, file=sys.stderr)
     for task in tasks:

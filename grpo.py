@@ -28,7 +28,7 @@ import random
 import torch
 
 import ranks
-from logprobs import LogProbModel, Sequence, empty_microbatch, share_out
+from logprobs import LogProbModel, Sequence, autocast, empty_microbatch, share_out
 
 
 def advantages(rewards: torch.Tensor, kind: str = "centred") -> torch.Tensor:
@@ -175,12 +175,6 @@ def plan_work(model: LogProbModel, sequences: list[Sequence], cfg, step: int) ->
     return work * cfg.epochs
 
 
-def autocast(model: torch.nn.Module, cfg) -> torch.autocast:
-    """bf16 computation; with several ranks FSDP's own mixed precision is in charge."""
-    on = cfg.dtype == "bfloat16" and ranks.world() == 1
-    return torch.autocast(next(model.parameters()).device.type, torch.bfloat16, enabled=on)
-
-
 @torch.no_grad()
 def drift(model: LogProbModel, groups: list[list[Sequence]], cfg) -> list[float]:
     """How far the policy has moved from those that sampled each of `groups`: the mean over a group's tokens of k3, an
@@ -188,7 +182,7 @@ def drift(model: LogProbModel, groups: list[list[Sequence]], cfg) -> list[float]
     device, sequences = next(model.parameters()).device, [s for group in groups for s in group]
     owner = torch.tensor([i for i, group in enumerate(groups) for _ in group], device=device)
     totals = torch.zeros(len(groups), device=device)
-    with autocast(model, cfg):
+    with autocast(model, getattr(torch, cfg.dtype)):
         for micro in model.pack(sequences, cfg.tokens_per_microbatch):
             logprob, _ = model(micro, cfg.temperature)  # [N]
             behaviour = torch.cat([sequences[i].behaviour for i in micro.sequences]).to(device)
@@ -207,7 +201,7 @@ def update(model, optimizer, sequences: list[Sequence], cfg, step: int, referenc
     is not finite; the weights have not moved then.
     """
     model, reference = (m if m is None or isinstance(m, LogProbModel) else LogProbModel(m) for m in (model, reference))
-    precision = autocast(model, cfg)
+    precision = autocast(model, getattr(torch, cfg.dtype))
     work = plan_work(model, sequences, cfg, step)
     sums, grad_norm, old = dict.fromkeys(SUMS, 0.0), 0.0, {}
     model.train()

@@ -250,6 +250,12 @@ class LogProbModel(torch.nn.Module):
         return model_logprobs(self.model, batch, temperature)
 
 
+def autocast(model: torch.nn.Module, dtype: torch.dtype) -> torch.autocast:
+    """Computation in bf16, if that is the `dtype`; over several ranks FSDP's own mixed precision is in charge."""
+    on = dtype == torch.bfloat16 and ranks.world() == 1
+    return torch.autocast(next(model.parameters()).device.type, torch.bfloat16, enabled=on)
+
+
 def share_out(sequences: list[Sequence], rank: int, world: int) -> list[int]:
     """Numbers of the sequences that `rank` trains on: dealt out longest first, there and back, to even out tokens."""
     order = sorted(range(len(sequences)), key=lambda i: -len(sequences[i]))

@@ -23,7 +23,7 @@ import torch.distributed as dist
 import ranks
 from buffer import Group
 from data import Prompt
-from logprobs import LogProbModel, Sequence, load_model
+from logprobs import LogProbModel, Sequence, autocast, load_model
 
 
 def request_seed(seed: int, step: int, prompt: int, sample: int) -> int:
@@ -262,8 +262,7 @@ class VLLMEngine:
         pairs = zip(self.probes, groups, strict=True)
         answers = [Sequence(probe.ids, group.tokens[0], group.logprobs[0], 0.0, 0) for probe, group in pairs]
         (batch,) = model.pack(answers, 2 * PROBES * PROBE_TOKENS)
-        half = self.dtype == torch.bfloat16 and ranks.world() == 1  # over several ranks FSDP takes care of precision
-        with torch.autocast(batch.input_ids.device.type, torch.bfloat16, enabled=half):
+        with autocast(model, self.dtype):
             logprobs, _ = model(batch, 1.0)
         engine = torch.cat([answers[i].behaviour for i in batch.sequences]).to(logprobs.device)
         return (engine - logprobs).abs().max().item()

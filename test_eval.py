@@ -19,6 +19,7 @@ import torch
 import benchmarks
 import data
 import eval
+import logprobs
 import reward
 import rollout
 import stats
@@ -488,7 +489,7 @@ def respond(prompt, sample: int) -> str:
 def script(monkeypatch):
     engine = Script(respond)
     model = torch.nn.Linear(300, 2)
-    monkeypatch.setattr(rollout, "load_model", lambda path, **_: (model, Characters(), [0]))
+    monkeypatch.setattr(logprobs, "load_model", lambda path, **_: (model, Characters(), [0]))
     monkeypatch.setattr(rollout, "make_engine", lambda kind, model, path, stop_ids, cfg: engine)
     monkeypatch.setitem(reward.REWARDS, "math", exact)
     engine.model = model
@@ -714,7 +715,7 @@ def test_embedded_model_on_its_held_out_problems(tmp_path, capsys):
     one = results(tmp_path)["benchmarks"]["embedded"]
     assert len(one["ids"]) == 400
     assert [int(k) for k in one["pass"]] == [1]
-    model, tokenizer, stop_ids = rollout.load_model(str(TINY))
+    model, tokenizer, stop_ids = logprobs.load_model(str(TINY))
     prompts, _ = data.encode(tiny.arithmetic(2400)[:400], tokenizer, 64)
     engine = rollout.TransformersEngine(model, stop_ids, 15, 1.0, 512)
     in_training = eval.accuracy(engine, prompts, tokenizer, reward.load("equation"), samples=1, seed=0)

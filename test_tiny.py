@@ -75,7 +75,8 @@ def test_sharing_belongs_to_the_embedded_task():
 def test_the_model_learns_the_habits_of_a_task_without_sharing():
     from pathlib import Path
 
-    from rollout import TransformersEngine, load_model
+    from logprobs import load_model
+    from rollout import TransformersEngine
 
     path = tiny.make(tiny.home(Path(__file__).parent / "out", "none"), sharing="none")
     model, tokenizer, stop_ids = load_model(str(path))

@@ -6,7 +6,8 @@
 
 The policy: a prompt needs all of its skills, and each skill comes off with probability sigmoid(its logit), so that a
 prompt's pass rate is a product of sigmoids. Answers are drawn, a group's advantages are reward minus group mean, and
-REINFORCE moves the logits. The numbers that matter:
+REINFORCE moves the logits: by the mean over the groups that have a gradient, as in grpo.py, so that no rule is better
+for longer steps alone (`--normalise batch`: dead groups make a step shorter). The numbers that matter:
 
     --visit         logits by which one visit moves a prompt of one skill at pass rate one half: the learning rate
     --sharing       0: no two prompts share a skill; 0.5: each skill is in two prompts; 0.975: in forty
@@ -72,7 +73,7 @@ class Setting:
     answers: int = 8  # answers to a prompt, G
     steps: int = 600  # steps at most; fewer where uniform sampling gets four fifths of the way sooner
     optimizer: Literal["sgd", "adam"] = "sgd"  # adam: momentum and one scale for all logits
-    normalise: Literal["batch", "live"] = "batch"  # live: dead groups do not make a step shorter (as in grpo.py)
+    normalise: Literal["live", "batch"] = "live"  # live: dead groups do not make a step shorter (as in grpo.py)
 
     def __post_init__(self):
         for name, value in dataclasses.asdict(self).items():
@@ -136,14 +137,14 @@ class Policy:
         self.theta, self.skills, self.test = (np.stack(part) for part in zip(*tasks, strict=True))
         self.rngs = [np.random.default_rng([seed, 1, salt]) for seed in seeds]
         self.rows = np.arange(len(seeds))[:, None]  # [S, 1]
-        # at pass rate one half the expected gradient is p (1 - p) (1 - 1/G); the sum over prompts is not divided
+        # at pass rate one half the expected gradient is p (1 - p) (1 - 1/G); a step is a sum over prompts
         self.rate = setting.visit * 4 / (1 - 1 / setting.answers)
         self.mix, shape = setting.interference, (*self.theta.shape, FEATURES)
         if self.mix:
             features = np.stack([np.random.default_rng([seed, 2]).standard_normal(shape[1:]) for seed in seeds])
             self.features = features / np.linalg.norm(features, axis=2, keepdims=True)  # [S, F, features]
         self.answers, self.adam = setting.answers, setting.optimizer == "adam"
-        self.live = np.zeros(len(seeds))  # groups with a gradient in a batch at the start; 0: they do not matter
+        self.live = np.zeros(len(seeds))  # [S], groups with a gradient in a batch at the start; 0: they do not matter
         everything = np.broadcast_to(np.arange(setting.prompts), (len(seeds), setting.prompts))
         if setting.normalise == "live":
             self.live = alive(self.answer(everything)[0], self.answers) / setting.prompts * setting.prompts_per_step
@@ -252,9 +253,8 @@ def against(base: dict, arm: dict) -> dict:
         logs = mean(np.log(ratio))
         factor = math.exp(logs["mean"])
         result[name] = {"mean": factor - 1, "se": factor * logs["se"], "reached": int(np.isfinite(needed).sum())}
-    difference = arm["accuracy"] - base["accuracy"]
-    result |= {"area": mean(difference.mean(1)), "end": mean(difference[:, -1])}
-    return result | {key: float(arm[key].mean()) for key in FIGURES}
+    gap = arm["accuracy"] - base["accuracy"]
+    return result | {"area": mean(gap.mean(1)), "end": mean(gap[:, -1])} | {k: float(arm[k].mean()) for k in FIGURES}
 
 
 def compare(setting: Setting, rules: list[str], seeds: list[int]) -> dict:

@@ -10,9 +10,10 @@ from simulate import Policy, Setting, against, compare, make_task, reinforce, ro
 SMALL = {"prompts": 60, "prompts_per_step": 4, "steps": 40}
 
 
-def one_skill(rate: float, **change) -> Policy:
+def one_skill(rate: float, normalise="batch", **change) -> Policy:
     """2000 prompts of one private skill each, all at the same pass rate, in one seed."""
-    policy = Policy(Setting(prompts=2000, skills=1, prompts_per_step=2000, **change), [0], salt=0)
+    setting = Setting(prompts=2000, skills=1, prompts_per_step=2000, normalise=normalise, **change)
+    policy = Policy(setting, [0], salt=0)
     policy.theta[:] = np.log(rate / (1 - rate))
     return policy
 
@@ -155,10 +156,12 @@ def test_replay_pays_at_a_small_step_per_visit_and_its_gain_goes_at_a_large_one(
     """The map's main finding, small: significant at the left end of it, and gone or turned over at the right."""
     small = compare(Setting(visit=0.14, steps=200), ["prompt", "adaptive", "placebo"], list(range(6)))["rules"]
     large = compare(Setting(visit=4.0, steps=400), ["prompt", "adaptive"], list(range(6)))["rules"]
-    assert small["prompt"]["late"]["mean"] < -0.25 and small["prompt"]["area"]["mean"] > 0.003
+    assert small["prompt"]["late"]["mean"] < -0.2 and small["prompt"]["area"]["mean"] > 0.003
     assert abs(small["placebo"]["late"]["mean"]) < 0.1
     assert large["prompt"]["late"]["mean"] > -0.1
-    assert small["adaptive"]["late"]["mean"] < -0.25 and large["adaptive"]["late"]["mean"] < -0.05
+    assert small["adaptive"]["late"]["mean"] < -0.15 and large["adaptive"]["late"]["mean"] < -0.05
+    longer = compare(Setting(visit=0.14, steps=200, normalise="batch"), ["prompt"], list(range(6)))["rules"]
+    assert longer["prompt"]["late"]["mean"] < small["prompt"]["late"]["mean"] - 0.1  # half of it would be longer steps
     for cell in (small, large):  # whichever way it went
         assert cell["prompt"]["dead"] < 0.75 and cell["prompt"]["moved_replayed"] > cell["prompt"]["moved_fresh"]
 

@@ -144,8 +144,8 @@ class EngineAstray(RuntimeError): ...  # its weights are not the trainer's
 
 
 PROBES, PROBE_TOKENS = 8, 16  # answers that `sync` compares, and their length
-# Differences of log-probs that rounding explains: up to 2e-5 was seen in float32 (a GPU's TF32 should give some 0.02),
-# 0.45 in bfloat16. An engine that missed one update of the embedded model is off by 0.6, two by 1.2; without weights by 5.
+# Differences of log-probs that rounding explains: up to 2e-5 was seen in float32 (TF32 on a GPU should give some 0.02),
+# 0.45 in bfloat16. An engine that missed one update of the embedded model is off by 0.6, two by 1.2.
 SYNC_BOUND = {torch.float32: 0.05, torch.bfloat16: 1.0}
 
 

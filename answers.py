@@ -4,8 +4,9 @@ Lists, tuples, intervals and relations are taken apart here; then math-verify's 
 sympy's, and the difference of two is evaluated to 600 digits.
 
 Known limits. Right but scored 0: overlapping unions, `\mathbb{R} \setminus`, odd roots of negative numbers, `\cdots`,
-50% for 1/2. Too kind: few units are compared, others dropped; formulas with variables are compared at
-random real points (`\sqrt{x}^2` is x); all `\pm` go together; `100,200` may be a list or a number.
+50% for 1/2, `\mathbb{R}` as an interval. Too kind: words after a number are its unit, and few units are compared;
+formulas with variables are compared at random real points (`\sqrt{x}^2` is x); `2e-1` is 0.2; "and" and "or" are both a
+comma; all `\pm` go together; `100,200` may be a list or a number.
 """
 
 import json
@@ -25,7 +26,7 @@ SIGNS = {
     "=": "in ∈", "≈": "approx sim", "≡": "equiv", "≠": "ne neq", "<": "lt", "≤": "le leq leqslant <=", ">": "gt",
     "≥": "ge geq geqslant >=", "→": "to rightarrow Rightarrow implies iff longrightarrow Leftrightarrow mapsto -> =>",
     "⦃": "{ lbrace", "⦄": "} rbrace", "⦃⦄": "emptyset varnothing ∅", "(": "langle ⟨", ")": "rangle ⟩", "∪": "cup",
-    "±": "pm", "∓": "mp", "π": "pi", "∞": "infty", "°": "circ degree", "%": "%", "|": "mid vert lvert rvert",
+    "±": "pm", "∓": "mp", "π": "pi", "∞": "infty", "°": "circ degree", "%": "%", "|": "mid vert lvert rvert middle|",
     "-": "− –", "⏎": "\\", ",": "lor vee", " ": ", ; : quad qquad ~", r"\sqrt ": "√", r"\overline": "bar", "^": "**",
     "": "$ € £ ! ( ) [ ] left right big Big bigl bigr displaystyle", r"\frac": "dfrac tfrac cfrac",
     r"\text": "textbf textit textrm mathrm mbox textnormal", r"\binom": "dbinom tbinom", r"\cdot ": "times × ·",
@@ -35,20 +36,41 @@ COMMANDS = {" ": " "} | {name: sign for sign, names in SIGNS.items() for name in
 GROUP = r"\{(?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*\}"
 REWRITES = [
     (r"(?<=\d)(?:\\[,;:! ]|,\\!|\{,\}|[~ ])+(?=\d{3}(?!\d))", ""),  # 58\,500
+    (r"\\\\\s*\[[\d.]+ ?(?:pt|em|ex|mm|cm)\]", r"\\\\"), (r"\\\\\s*(?=\\end\{)", ""),  # after a row
+    (r"\\begin\{array\}(?:\[\w\])?\{[clr| ]*\}", r"\\begin{matrix}"), (r"\\end\{array\}", r"\\end{matrix}"),
+    (
+        r"(?:\\left *)?[(\[] *\\begin\{matrix\}(.*?)\\end\{matrix\} *(?:\\right *)?[)\]]",
+        r"\\begin{pmatrix}\1\\end{pmatrix}",
+    ),
     (r"(\\begin|\\end)\{[bB]?matrix\}", r"\1{pmatrix}"),
     (r"(?<![\\A-Za-z])(sin|cos|tan|ln|log|exp|sqrt|pi)(?![a-z])", r"\\\1 "),
     (r"\\([a-z]+\{pmatrix\}|[A-Za-z]+|.)|[<>]=|[-=]>|\*\*|[^ -}]", lambda m: COMMANDS.get(m[1] or m[0], m[0])),
     (r"(?:, *)?(?:\\text *\{[ ,]*(?:and|or) *\}|(?<=\s)(?:and|or)(?=\s))", ","), (r"\\operatorname\{(\w+)\}", r"\\\1 "),
     (r"(?<![A-Za-z0-9])\s+|\s+(?![A-Za-z0-9])", ""), (r"\s+", " "), (r"[ .,;:$]+$|\$", ""), (r"\^\{?°\}?", "°"),
-    (r"\\(?:text|mathbf)\{([ie]|[\d.]+)\}", r"\1"), (r"(\\sqrt|\^)\(([^()]*)\)", r"\1{\2}"), (r"\^(-?\d+)", r"^{\1}"),
+    (r"\\(?:text|mathbf)\{([ie]|[\d.]+)\}", r"\1"),
+    (r"(?:\\text\{ ?for ?\})?[,;]?\(?[a-zA-Z]=\\mathbb\{[ZN]\}(?:\^[*+])?\)?$", ""),  # k in Z may be said or not
+    (r"(\\sqrt|\^)\(([^()]*)\)", r"\1{\2}"), (r"\^(-?\d+)", r"^{\1}"),
     (r"\\frac ?([^ {\\]|\\[A-Za-z]+)", r"\\frac{\1}"), (rf"(\\frac{GROUP}) ?([^ {{\\]|\\[A-Za-z]+)", r"\1{\2}"),
     (r"(\\sqrt(?:\[\w*\])?) ?(\d+|[A-Za-zπ])", r"\1{\2}"),
     (r"(\\(?:sin|cos|tan|cot|sec|csc)[({ ]*)(\d+)°", r"\1\\frac{\2π}{180}"),
 ]  # fmt: skip
+
+
+def common(which, *names):
+    """sympy takes the gcd of letters for 1 and the lcm for their product: here it is a name, whatever their order."""
+    return rf"\{'varrho' if which == 'gcd' else 'varsigma'} _{{{''.join(sorted(names))}}}"
+
+
 FOR_SYMPY = [
     (r"(?<![\^_\d.])(\d+\.?\d*)\(", r"\1\\cdot("), (r"\)\(", r")\\cdot("),  # its reader takes 3(4) for 3 4/1
-    (r"\\Gamma(?!\()", r"\\Upsilon "),
-    (r"(\\[A-Za-z]+)|I", lambda m: m[1] or r"\Xi "),  # it takes Gamma for gamma, and I for i
+    (r"\\(max|min|gcd|lcm)⦃([^⦃⦄]*)⦄", r"\\\1(\2)"),
+    (r"\\(gcd|lcm)\((\w+),(\w+)\)", lambda m: m[0] if (m[2] + m[3]).isdigit() else common(*m.groups())),
+    (r"(?<![\w.^}])(\d+)\\frac\{(\d+)\}\{(\d+)\}", r"(\1+\\frac{\2}{\3})"),
+    (r"(\d)\.(?!\d|\\overline)", r"\1"), (r"(?<![\d.^}\w])(\d+)/(\d+) ?(?=[A-Za-zπ\\])", r"\\frac{\1}{\2}"),
+    # it takes Gamma and gamma for the function, E_1 and e_1 for Euler's number, and I for i
+    (r"\\Gamma(?!\()", r"\\Upsilon "), (r"\\gamma(?![A-Za-z])", r"\\upsilon "),
+    (r"(?<![A-Za-z\\])E(?=_)", r"\\Psi "), (r"(?<![A-Za-z\\])e(?=_)", r"\\psi "),
+    (r"(\\[A-Za-z]+)|I", lambda m: m[1] or r"\Xi "),
     (r"([\d.]+)[eE]([+-]?\d+)", r"\1\\cdot 10^{\2}"), (r"(?<![\^_}\d])(\d+) (\d+)/(\d+)", r"(\1+\2/\3)"),
     (
         r"(\d+)\.(\d*)\\overline ?\{?(\d+)\}?",  # 0.1\overline{6} is (16 - 1) / 90
@@ -56,11 +78,24 @@ FOR_SYMPY = [
     ),
     (r"(?<![\w.^}])(\d[0-9A-F]*)_\{?(\d+)\}?(?!\w)", lambda m: str(int(m[1], int(m[2])))),  # 52_8
 ]  # fmt: skip
-NAME = r"(?:[A-Za-z\\{}|' ]|_\w|_\{[^{}]*\})+\d*(?:\^\{-1\})?(?:\([^()]*\))?|\([A-Za-z](?:,[A-Za-z])*\)"
-WORDS = r"(?i:no)|(?=.*[A-Za-z]{4}|[A-Z][a-z]{2})[A-Za-z][A-Za-z -]*"
-UNIT_WORDS = "mm|cm|km|kg|degrees?|dollars?|cents?|percent|units?|inches|feet|miles|hours|minutes|seconds|meters"
-UNIT = rf"(?:/|\\cdot )?(?:[%°]|\\text\{{(?:[^{{}}]|\{{[^{{}}]*\}})*\}}|(?<=\d) ?(?:{UNIT_WORDS}))(?:\^\{{?-?\d\}}?)?"
-COMPARED = {"%", "°", "mm", "cm", "m", "km", "g", "kg", "s", "min", "h"}
+NAME = r"(?:[A-Za-z\\{}|' ]|_\w|_\{[^{}]*\})+\d*(?:\^\{-1\})?(?:\([^()]*\))?|\(LETTER(?:,LETTER)*\)"
+NAME = NAME.replace("LETTER", r"\\?[A-Za-z]+(?:_\w)?")
+WORDS = r"(?i:no)|(?=.*[A-Za-z]{4}|[A-Z][a-z]{2}|[A-Z]{3})[A-Za-z][A-Za-z -]*"
+UNIT_WORDS = "mm|cm|km|kg|degrees?|dollars?|cents?|percent|units?|inches|feet|miles|hours|minutes|seconds|meters|"
+UNIT_WORDS += "mph|[A-Za-z]{3,}(?: [A-Za-z]{3,}){0,2}"  # 18 eggs
+UNIT = rf"(?:/|\\cdot ?)?(?:[%°]|\\text\{{(?:[^{{}}]|\{{[^{{}}]*\}})*\}}|(?<=\d) ?(?:{UNIT_WORDS}))(?:\^\{{?-?\d\}}?)?"
+# what makes a text more than a unit: 5\text{ or 6}, n\text{ is odd}, 5\text{ million}
+SAYS = "or|and|not|is|if|odd|even|for|when|where|thousand|million|billion|hundred|dozen|"
+SAYS += "squared|factorial|pairs"
+SAYS = rf"(?<![\^{{\w-])\d|[!?=+;]|(?i:\b(?:{SAYS})\b)"
+# units of which one is not another, by any of their names: 5 cm is not 5 km, but 5
+NAMES = (
+    "% | ° degree | mm | cm | m meter metre | km | g gram | kg | s sec second | min minute | h hr hour | day | week |"
+)
+NAMES += " month | year | inche in | foot feet ft | mile | yard | dollar | cent | yuan | am | pm"
+COMPARED = {
+    word: i for i, names in enumerate(NAMES.split("|")) for name in names.split() for word in (name, name + "s")
+}
 
 
 def tidy(text):
@@ -95,6 +130,7 @@ def members(text):
     while re.fullmatch(r"\\text\{[^{}]*\}", text) or (ends(text) in ("{}", "()") and not re.search("[,;]", text)):
         text = text.removeprefix(r"\text")[1:-1].strip(" .")
     text = re.sub(rf"^(?:{NAME})=(?=⦃)", "", text)
+    text = re.sub(r"^⦃([A-Za-z])(?:=\\mathbb\{R\})?[|:](?=.*\1)(.*)⦄$", r"\2", text)  # {x | x > 2} is x > 2
     is_set, found = ends(text) == "⦃⦄", []
     for part in filter(None, split(text[1:-1] if is_set else text, ",;⏎∪")[::2]):
         found += dict.fromkeys(part.translate(str.maketrans("±∓", signs)) for signs in ("+-", "-+"))
@@ -114,11 +150,30 @@ def relation(text):
     return pieces
 
 
+def values_in_order(text):
+    """Of (1,2), [1,2], {1;2} or (x,y)=(1,2), as written."""
+    text = re.sub(r"^\([^()]*\)=(?=\()", "", text)
+    return split(text[1:-1] if ends(text) else text, ",;")[::2]
+
+
+def by_name(named, text):
+    """Do `x=1`, `y=2` have the values of a `text` without names, in order? None if that is not the question."""
+    parts, values = [part.split("=") for part in named], values_in_order(text)
+    if len(named) < 2 or not all(len(part) == 2 and re.fullmatch(NAME, part[0]) for part in parts):
+        return None
+    if len({name for name, _ in parts}) < len(named) or len(values) != len(named) or any("=" in v for v in values):
+        return None
+    return all(same(mine, other) for (_, mine), other in zip(parts, values, strict=True))
+
+
 def same(a, b):
     """Are two tidy texts equal? Takes lists, relations and brackets apart; the rest is for `same_value`."""
     if a == b or not a or not b:
         return a == b != ""
     xs, ys = members(a), members(b)
+    for named, other in ((xs, b), (ys, a)):
+        if (verdict := by_name(named, other)) is not None:
+            return verdict
     if len(xs) != 1 or len(ys) != 1:
         for x in xs:
             if (twin := next((y for y in ys if same(x, y)), None)) is None:
@@ -135,8 +190,15 @@ def same(a, b):
         values = [part for part in chain[:-1:2] if not re.fullmatch(NAME, part)] + chain[-1:]
         return set(chain[1::2]) == {"="} and all(same(part, value) for part in values)
     if ends(a) or ends(b):  # tuples, intervals, matrices
-        xs, ys = split(a[1:-1], ",;&⏎"), split(b[1:-1], ",;&⏎")
+        xs, ys = (split(text[1:-1], ",;&⏎") for text in (a, b))
+        xs[1::2], ys[1::2] = ([mark.replace(";", ",") for mark in parts[1::2]] for parts in (xs, ys))
         return ends(a) == ends(b) and xs[1::2] == ys[1::2] and all(map(same, xs[::2], ys[::2]))
+    if all(re.fullmatch(r"\d{1,2}:\d\d", text) for text in (a, b)):
+        return a == b  # a time of day, or a ratio that was not reduced
+    xs, ys = split(a, ":")[::2], split(b, ":")[::2]
+    if max(len(xs), len(ys)) > 2:  # 1:2:3 is not 1/2/3
+        parts = [[f"({part})/({terms[0]})" for part in terms] for terms in (xs, ys)]
+        return len(xs) == len(ys) and all(map(same, *parts))
     return same_value(a, b)
 
 
@@ -144,7 +206,10 @@ def equal(gold, answer):
     """`1,234` may be a list or a number: try both."""
     thousands = r"(?<![\d.,(\[{])\d{1,3}(?:,\d{3})+(?!\d)"
     joined = [re.sub(thousands, lambda m: m[0].replace(",", ""), text) for text in (gold, answer)]
-    return same(*map(tidy, joined)) or (joined != [gold, answer] and same(tidy(gold), tidy(answer)))
+    if same(*map(tidy, joined)):
+        return True
+    pieces = [sorted(re.findall(r"\d+", text)) for text in (gold, answer)]  # 1,000 is not the list 0, 1
+    return joined != [gold, answer] and pieces[0] == pieces[1] and same(tidy(gold), tidy(answer))
 
 
 # ---- equality of expressions, words and equations (in a child only: this may take for ever)
@@ -156,11 +221,14 @@ def same_value(a, b):
     from sympy import Expr
 
     (a, unit), (b, other) = (re.fullmatch(rf"\+?(.+?)((?:{UNIT})*)", text).groups() for text in (a, b))
-    unit, other = (re.sub(r"\\text|[{} ]", "", name) for name in (unit, other))
-    if unit != other and {unit, other} <= COMPARED:
+    if re.search(SAYS, unit) or re.search(SAYS, other):
+        return a + unit == b + other
+    units = [re.sub(r"\\text|[{} .]", "", name).partition("^") for name in (unit, other)]
+    kinds = {COMPARED.get(name.lower()) for name, _, _ in units} - {None}
+    if len(kinds) > 1 or (kinds and len({power for _, _, power in units if power}) > 1):
         return False
     if a == b or re.fullmatch(WORDS, a) or re.fullmatch(WORDS, b):
-        return a[:1].lower() + a[1:] == b[:1].lower() + b[1:]
+        return a.lower() == b.lower()
     try:
         x, y = expression(a), expression(b)
         if isinstance(x, Expr) and isinstance(y, Expr):
@@ -179,7 +247,8 @@ def expression(text):
         text = re.sub(pattern, new, text)
     for sign in SIGNS:
         text = text.replace(sign, f"\\{SIGNS[sign].split()[0]} ") if sign > "~" else text
-    if re.search(r"\\text|\\p?mod|'|\^\{?T|(?<!_)\b\d+ \d|\^\{-?\d{6}|\d{6}!", text):
+    misread = r"!!|\d\._?\d*\.\d|\d\.\d+_|\\(?:sum|prod)_\{(\w)=.*_\{?\1|[fgh]\^\{-1\}\(|\\(?:tri)?angle|"
+    if re.search(misread + r"\\text|\\p?mod|'|\^\{?T|(?<!_)\b\d+ \d|\^\{-?\d{6}|\d{6}!", text):
         raise ValueError("not one expression, one that the reader takes for another, or a number beyond all bounds")
     x = latex2sympy(text, normalization_config=None, conversion_config=ConversionConfig(lowercase_symbols=False))
     exact = {atom: Rational(str(atom)) for atom in x.atoms(Float)}
@@ -192,17 +261,24 @@ def expression(text):
 
 
 def agree(x, y):
-    """Equal at ten random points (of these, where both are real), to more digits than an answer can hold."""
-    from sympy import I, Rational
+    """Equal at random points, those where both are real: near zero, then far from it; at whole numbers for steps such
+    as floor(n/2), and where nothing was real, as (-1)^n. To more digits than an answer can hold."""
+    from sympy import I, Rational, ceiling, floor
 
     names, tested = sorted((x - y).free_symbols, key=str), 0
     digits = 200 if names else 600
-    for k in range(10 if names else 1):
-        point = {name: Rational(random.Random(f"{name} {k}").randint(-99 * k, 1000), 499) for name in names}
+    whole = x.has(floor, ceiling) and y.has(floor, ceiling) and all(str(name)[0] in "ijklmnpqMNK" for name in names)
+    for k in range(24 if names else 1):
+        if k == 16 and tested and not whole:
+            break
+        low, high, part = (-99 * k, 1000, 499) if k < 10 else (-20_000, 20_000, 499)
+        low, high, part = (1, 6 + 3 * k, 1) if whole or k >= 16 else (low, high, part)
+        point = {name: Rational(random.Random(f"{name} {k}").randint(low, high), part) for name in names}
         u, v = x.xreplace(point), y.xreplace(point)
         if names and not x.has(I) and not (u.evalf().is_real and v.evalf().is_real):
             continue
-        if u != v and ((u - v).is_Rational or abs((u - v).evalf(20, maxn=digits)) > Rational(1, 10 ** (digits - 100))):
+        most = (max(1, abs(u.evalf(5))) if names else 1) * Rational(1, 10 ** (digits - 100))
+        if u != v and ((u - v).is_Rational or abs((u - v).evalf(20, maxn=digits)) > most):
             return False
         tested += 1
     return tested > 0

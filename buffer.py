@@ -182,19 +182,25 @@ class RolloutReplay(Saved):
 
     STATE = ("stored", "rng")
 
-    def __init__(self, seed: int = 0, ratio=0.5, exponent=0.5, max_age=10, warmup=20, capacity=30_000):
+    def __init__(
+        self, seed: int = 0, ratio=0.5, exponent=0.5, max_age=10, warmup=20, capacity=30_000, mask_truncated=False
+    ):
         if ratio < 0 or exponent < 0 or max_age < 1 or warmup < 0 or capacity < 1:
             raise ValueError("need ratio, exponent and warm-up >= 0, and max age and capacity >= 1")
         self.ratio, self.exponent, self.max_age, self.warmup = ratio, exponent, max_age, warmup
         self.stored = Store(maxlen=capacity)  # one answer each, oldest first
         self.rng = np.random.default_rng([seed, 3])
+        self.mask_truncated = (
+            mask_truncated  # answers cut at the limit are not trained on, so neither stored nor counted
+        )
         self.drawn: list[Group] = []
 
     def complete(self, useful: list[Group], places: int, step: int) -> list[Group]:
         # births are in no order where surplus groups are carried over or an asynchronous trainer lags behind
         self.stored = Store((one for one in self.stored if step - one.birth <= self.max_age), self.stored.maxlen)
         # not trained on before: replayed groups (GroupReplay) may be among them, and their answers are here already
-        fresh = [group.pick(i) for group in useful if not group.uses for i in range(len(group.tokens))]
+        own = [group for group in useful if not group.uses]
+        fresh = [g.pick(i) for g in own for i, cut in enumerate(g.truncated) if not (cut and self.mask_truncated)]
         count = min(round(self.ratio * len(fresh)), len(self.stored)) if step > self.warmup else 0
         self.drawn = []
         if count:
@@ -238,6 +244,7 @@ def make_stores(switches: dict[str, str], cfg, drift=None) -> dict:
         stores["group"] = GroupReplay(capacity, cfg.seed, cfg.group_order, drift, cfg.min_ess, cfg.max_fill)
     if switches.get("extra") == "rollout":
         stores["rollout"] = RolloutReplay(
-            cfg.seed, cfg.replay_ratio, cfg.priority_exponent, cfg.max_age, cfg.replay_warmup, cfg.rollout_capacity
-        )
+            cfg.seed, cfg.replay_ratio, cfg.priority_exponent, cfg.max_age, cfg.replay_warmup, cfg.rollout_capacity,
+            cfg.mask_truncated,
+        )  # fmt: skip
     return stores

@@ -137,6 +137,7 @@ class Config:
     # ---- optimiser
     optimizer: Literal["adamw", "adamw8bit"] = "adamw"  # moments in float32, or in 8 bits (pip install torchao)
     lr: float = 1e-6  # constant
+    betas: tuple[float, float] = (0.9, 0.95)  # AdamW's; 0.999 would average over more steps than most runs have
     weight_decay: float = 0.0  # AdamW's
     grad_clip: float = 1.0  # largest gradient norm
     minibatches: int = 1  # optimiser steps per pass over the batch
@@ -183,7 +184,7 @@ def parse(argv: list[str], description: str) -> tuple[Config, list[str]]:
         elif get_origin(kind) is Literal:
             parser.add_argument(flag, choices=get_args(kind), help=text)
         elif get_origin(kind) is tuple:
-            parser.add_argument(flag, nargs=2, type=float, metavar=("LOW", "HIGH"), help=text)
+            parser.add_argument(flag, nargs=2, type=float, metavar=("FIRST", "SECOND"), help=text)
         else:
             first = (get_args(kind) or (kind,))[0]  # `float | None` reads a float
             parser.add_argument(flag, type=first, metavar=first.__name__.upper(), help=text)
@@ -194,7 +195,7 @@ def parse(argv: list[str], description: str) -> tuple[Config, list[str]]:
     for name in METHODS:  # in their order, whatever the order they are named in
         settings |= METHODS[name][2] if name in names else {}
     cfg = Config(**settings | given)
-    cfg.band, cfg.difficulty = tuple(cfg.band), tuple(cfg.difficulty)
+    cfg.band, cfg.difficulty, cfg.betas = tuple(cfg.band), tuple(cfg.difficulty), tuple(cfg.betas)
     return cfg, sorted(given)
 
 
@@ -218,7 +219,8 @@ def validate(cfg: Config) -> dict[str, str]:
         if getattr(cfg, name) < least:
             raise ValueError(f"--{name.replace('_', '-')} must be at least {least}, got {getattr(cfg, name)}")
     for name, value in vars(cfg).items():
-        if isinstance(value, float) and not math.isfinite(value) and name not in ("initial_priority", "is_cap"):
+        infinite = name in ("initial_priority", "is_cap") and value == math.inf
+        if isinstance(value, float) and not math.isfinite(value) and not infinite:
             raise ValueError(f"--{name.replace('_', '-')} must be a finite number, got {value}")
     if cfg.threads > 1024:  # PyTorch dies of too many
         raise ValueError(f"--threads must be at most 1024, got {cfg.threads}; 0 leaves it to PyTorch")
@@ -230,6 +232,8 @@ def validate(cfg: Config) -> dict[str, str]:
         raise ValueError(f"--temperature must be above 0 to train on samples, got {cfg.temperature}")
     if not cfg.lr > 0 or not cfg.grad_clip > 0:
         raise ValueError(f"--lr and --grad-clip must be above 0, got {cfg.lr} and {cfg.grad_clip}")
+    if not 0 <= min(cfg.betas) <= max(cfg.betas) < 1:
+        raise ValueError(f"--betas must be at least 0 and below 1, got {cfg.betas[0]} and {cfg.betas[1]}")
     if not 0 <= cfg.clip_low <= 1 or cfg.clip_high < 0:
         raise ValueError(f"--clip-low must be in [0, 1] and --clip-high >= 0, got {cfg.clip_low} and {cfg.clip_high}")
     if not 0 <= cfg.difficulty[0] <= cfg.difficulty[1] <= 1:

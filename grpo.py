@@ -17,7 +17,7 @@ Departures from the usual code, each on purpose:
    neither micro-batches nor ranks can change it.
 3. No padding and no masks (logprobs.py); the end-of-text token is trained like any other.
 4. Dead groups leave the denominators too: a step of few useful groups is as long as one of many, where GRPO and
-   Dr. GRPO make it shorter by the share of dead groups.
+   Dr. GRPO make it shorter by the share of dead groups. Nor does --kl act on them.
 
 Letters: P prompts, G answers per prompt, S sequences, N answer tokens.
 """
@@ -149,7 +149,7 @@ def split_minibatches(count: int, parts: int, seed: str) -> list[list[int]]:
 
 def make_optimizer(model: torch.nn.Module, cfg) -> torch.optim.Optimizer:
     """AdamW over float32 weights: in bf16 a weight does not move at lr 1e-6. ValueError if torchao is missing."""
-    common = {"lr": cfg.lr, "betas": (0.9, 0.95), "weight_decay": cfg.weight_decay}
+    common = {"lr": cfg.lr, "betas": cfg.betas, "weight_decay": cfg.weight_decay}
     if cfg.optimizer == "adamw":
         return torch.optim.AdamW(model.parameters(), **common, fused=True)
     try:
@@ -215,14 +215,15 @@ def update(model, optimizer, sequences: list[Sequence], cfg, step: int, referenc
                 logprob, entropy = model(micro, cfg.temperature)
             weight = weights[micro.sequences][micro.segment]  # [N]
             before = old.get(id(micro), logprob.detach())
-            loss = _microbatch_loss(
+            loss, importance = _microbatch_loss(
                 sums, logprob, before, entropy, [rows[i] for i in micro.sequences], weight, micro, cfg
             )
             if reference is not None:
                 with torch.no_grad(), precision:
                     anchor, _ = reference(micro, cfg.temperature)
-                # times pi / pi_old: k3 has the value of KL(pi || reference), but alone the gradient of the reverse
-                penalty = (k3(logprob, anchor) * torch.exp(logprob - before) * weight).sum()
+                # times pi / pi_old: k3 has the value of KL(pi || reference), but alone the gradient of the reverse;
+                # and times w, as the tokens are mu's
+                penalty = (k3(logprob, anchor) * torch.exp(logprob - before) * importance * weight).sum()
                 loss = loss + cfg.kl * penalty
                 sums["kl"] += penalty.item() / len(work)
             (loss * ranks.world()).backward()  # FSDP takes the mean over ranks, and the loss is a sum
@@ -248,10 +249,10 @@ SUMS = ("fresh", "stale", "fresh_clipped", "stale_clipped", "entropy", "mismatch
 SUMS += ("max_ratio",)
 
 
-def _microbatch_loss(sums, logprob, old, entropy, rows: list[Sequence], weight, micro, cfg) -> torch.Tensor:
-    """Loss of one micro-batch; adds its token sums to `sums` on the way."""
+def _microbatch_loss(sums, logprob, old, entropy, rows: list[Sequence], weight, micro, cfg) -> tuple:
+    """Loss of one micro-batch, and the importance weights of its tokens [N]; adds its token sums to `sums`."""
     if not rows:
-        return logprob.sum()  # nothing, but with a gradient to send through the sharded model
+        return logprob.sum(), weight  # nothing, but with a gradient to send through the sharded model
     device, segment = logprob.device, micro.segment
     behaviour = torch.cat([s.behaviour for s in rows]).to(device)
     columns = torch.tensor([[s.advantage, s.age > 0, s.count] for s in rows], dtype=torch.float64, device=device)
@@ -272,7 +273,7 @@ def _microbatch_loss(sums, logprob, old, entropy, rows: list[Sequence], weight, 
         sums[name] += value
     sums["max_ratio"] = max(sums["max_ratio"], (importance * fresh).max().item())
     sums["loss"] += loss.item()
-    return loss
+    return loss, importance.clamp(max=cfg.is_cap) if cfg.is_cap else torch.ones_like(importance)
 
 
 def _figures(sums: dict[str, float]) -> dict[str, float]:

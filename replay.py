@@ -116,8 +116,8 @@ class Epochs(Saved):
         return x
 
     def next(self) -> int:
-        """The next prompt of the epoch that is not in this step's batch yet. One that is passed over keeps its turn,
-        so that replay costs no fresh prompt its visit."""
+        """The next prompt of the epoch that is not in this step's batch yet. One that is passed over keeps its turn
+        (but for the last of an epoch), so that replay costs no fresh prompt its visit."""
         while True:
             for ahead in range(self.position, len(self.order)):
                 x = int(self.order[ahead])
@@ -233,10 +233,9 @@ class PromptReplay(Saved):
 class Prioritized(Saved):
     """Prioritized Replay (2601.02648): the prompts of largest p(1-p) first, p smoothed; all-right and all-wrong ones
     wait in two pools and are retested, longest-untested first, every `retest_every` steps (a quarter of the batch from
-    the solved, the rest from the unsolved: the paper's 1 and 3 of 4); now and then a whole batch is drawn at random.
-    """
+    the solved, the rest from the unsolved: the paper's 1 and 3 of 4); now and then a whole batch is drawn at random."""
 
-    STATE = ("epochs", "rng", "rate", "priority", "key", "place", "visits", "flips", "tie")
+    STATE = ("epochs", "rng", "rate", "excess", "priority", "key", "place", "visits", "flips", "tie")
 
     def __init__(self, num_prompts: int, seed: int = 0, smoothing=0.8, initial_priority=0.2, explore=0.125,
                  retest_every=10, retest_solved=0.25, tie_bias=1e-4):  # fmt: skip
@@ -247,6 +246,7 @@ class Prioritized(Saved):
         self.epochs = Epochs(num_prompts, seed)  # its order is a random tie-break, fixed for good; never walked
         self.rng = np.random.default_rng([seed, 1])
         self.rate = np.zeros(num_prompts)  # smoothed pass rate
+        self.excess = np.zeros(num_prompts)  # smoothed variance minus p(1-p): 0 but for rewards between 0 and 1
         self.priority = np.full(num_prompts, min(initial_priority, 1e9))  # infinity: all are seen once before a return
         self.key = -self.priority  # smallest first; in the pools it is the step of the latest result
         self.place = np.full(num_prompts, HEAP, np.int8)  # where it is, or will be back when its answers are lost
@@ -280,11 +280,10 @@ class Prioritized(Saved):
         dead = (mean <= 0) | (mean >= 1) if variance is None else np.asarray(variance) < NO_SPREAD
         alpha = np.where(self.visits[x] > 0, self.smoothing, 1.0)  # the first visit overwrites the guess
         rate = self.rate[x] = alpha * mean + (1 - alpha) * self.rate[x]
-        if variance is None:
-            bias = np.where(rate >= 0.5, self.tie_bias, 0.0)  # 5 of 8 right goes before 3 of 8
-            self.priority[x] = rate * (1 - rate) + bias
-        else:
-            self.priority[x] = alpha * np.asarray(variance) + (1 - alpha) * self.priority[x]
+        excess = 0 * mean if variance is None else np.asarray(variance) - mean * (1 - mean)
+        excess[np.abs(excess) < NO_SPREAD] = 0  # rounding must not part equal priorities
+        self.excess[x] = alpha * excess + (1 - alpha) * self.excess[x]
+        self.priority[x] = rate * (1 - rate) + self.excess[x] + self.tie_bias * (rate >= 0.5)  # 5 of 8 before 3 of 8
         # the pools follow the latest group, not the smoothed rate: one mixed group brings a prompt back
         place = np.where(dead, np.where(mean >= 1, SOLVED, UNSOLVED), HEAP)
         for i, pool in enumerate((SOLVED, UNSOLVED)):
@@ -300,6 +299,7 @@ class Prioritized(Saved):
             "heap": heap, "solved_pool": solved, "unsolved_pool": unsolved, "out": int(out.sum()),
             "flips_solved": int(self.flips[0]), "flips_unsolved": int(self.flips[1]),
             "rate_mean": float(rate.mean()), "rate_spread": float(rate.std()),
+            "priority_mean": float(self.priority[seen].mean()) if seen.any() else 0.0,
             "prompt_uses": np.bincount(self.visits[seen] - 1, minlength=1).tolist(),
         }  # fmt: skip
 

@@ -641,7 +641,10 @@ def naive_loss(model, sequences, cfg, old=None, reference=None):
         w, start = torch.exp(before - s.behaviour).clamp(max=cfg.is_cap or math.inf), before
         if cfg.proximal == "birth":
             before = s.behaviour
-        if cfg.proximal == "birth" or cfg.is_cap == 0:
+        if cfg.is_cap == 0:
+            w = torch.ones_like(w)
+        kl_weight = w
+        if cfg.proximal == "birth":
             w = torch.ones_like(w)
         rho = torch.exp(logprob - before)
         if cfg.ratio == "sequence":
@@ -655,7 +658,7 @@ def naive_loss(model, sequences, cfg, old=None, reference=None):
             with torch.no_grad():
                 anchor, _ = naive_logprobs(reference, s, cfg.temperature)
             k3_terms = torch.exp(anchor - logprob) - 1 - (anchor - logprob)
-            value = value + cfg.kl * (k3_terms * torch.exp(logprob - start)).sum()
+            value = value + cfg.kl * (k3_terms * torch.exp(logprob - start) * kl_weight).sum()
         divisor = {"token": tokens, "sequence": answers * len(s.tokens), "constant": answers * cfg.max_tokens}
         total = total + s.count * value / divisor[cfg.normaliser]
     return total

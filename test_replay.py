@@ -4,7 +4,8 @@ A name such as test_prompt_replay_03_... is point 3 of "what an implementation m
 
     prompt_replay     Prompt Replay, 2603.21177: points 1 to 14
     prioritized       Prioritized Replay, 2601.02648: points 1 to 12
-    rollout_replay    rollout-level replay, 2606.04560: points 1 to 6, 9, 10, 12, 13 (7, 8, 11: test_grpo.py)
+    rollout_replay    rollout-level replay, 2606.04560: points 1 to 6, 9, 10, 12, 13 (7, 8: test_grpo.py, 11:
+                      test_rollout.py)
     popo              POPO, 2606.01281: points 1 to 5, 11, 12 (6 to 10: test_grpo.py)
     f2_a to f2_f      faults of the code published with Prompt Replay
     greso, surplus    GRESO, 2506.02177, and the surplus of dynamic sampling, 2503.14476
@@ -590,6 +591,12 @@ def test_prioritized_05_a_retest_takes_the_longest_untested(n, solved, unsolved)
     assert batch == [*range(49, 49 - solved, -1), *range(149, 149 - unsolved, -1)]
     assert sampler.epochs.replays == set(batch)
     assert all(x >= 200 or 50 <= x < 100 or x >= 150 for x in sampler.draw(n, 211))
+    eager = Prioritized(300, explore=1)  # a retest comes before exploration
+    know(eager, dict.fromkeys(range(50), G) | dict.fromkeys(range(100, 150), 0))
+    assert [sum(x < 50 for x in eager.draw(n, 10)), sum(100 <= x < 150 for x in eager.draw(n, 20))] == [
+        solved,
+        unsolved,
+    ]
 
 
 @pytest.mark.parametrize("n", [1, 2, 4, 8])
@@ -683,7 +690,8 @@ def test_prioritized_10_a_draw_uses_what_has_been_recorded():
 
 
 def test_prioritized_11_without_priority_the_batches_are_the_baselines():
-    """Priority has no say as long as all have the same: in the first epoch, if the initial one is never outdone."""
+    """Priority has no say as long as all have the same: in the first epoch, if the initial one is never outdone. After
+    that no setting turns it off but `--replay none`."""
     for size, n in ((100, 10), (64, 16), (8, 8)):
         plain = Prioritized(size, seed=6, initial_priority=float("inf"), explore=0, retest_every=0)
         rates = mixed_rates(size)
@@ -695,7 +703,7 @@ def test_prioritized_11_without_priority_the_batches_are_the_baselines():
 
 def test_prioritized_12_non_binary_rewards():
     rewards = torch.tensor([[0.5] * 4, [0.0, 0.5, 0.5, 1.0], [0.1] * 4, [1.0] * 4, [-1.0, 1.0, 1.0, -1.0], [-1.0] * 4])
-    sampler = Prioritized(10, smoothing=0.8, initial_priority=float("inf"), explore=0, retest_every=0)
+    sampler = Prioritized(10, smoothing=0.8, initial_priority=float("inf"), explore=0, retest_every=0, tie_bias=0)
     variance = rewards.var(1, unbiased=False)
     sampler.observe(range(6), rewards.sum(1).tolist(), [4] * 6, 1, variance=variance.tolist())
     assert sampler.priority[:6] == pytest.approx(variance.numpy(), abs=1e-7)
@@ -703,7 +711,23 @@ def test_prioritized_12_non_binary_rewards():
     assert (figures["heap"], figures["solved_pool"], figures["unsolved_pool"]) == (6, 1, 3)
     assert sampler.draw(6, 2)[4:] == [4, 1]  # after the four unseen ones: variance 1, then 1/8
     sampler.observe([4], [4.0], [4], 2, variance=[0.25])
-    assert sampler.priority[4] == pytest.approx(0.8 * 0.25 + 0.2 * 1.0)
+    # rate 0.8, and what the variance is more than p(1-p): 1 before, 0.25 now
+    assert sampler.priority[4] == pytest.approx(0.8 * 0.2 + 0.8 * 0.25 + 0.2 * 1.0)
+    assert sampler.figures()["priority_mean"] == pytest.approx(sampler.priority[:6].mean())
+
+
+def test_prioritized_12_a_prompts_priority_does_not_depend_on_the_others():
+    """Nor does a single reward between 0 and 1 in a batch change the rule for all."""
+    priorities = []
+    for other in ([0.0, 1.0, 1.0, 0.0], [0.0, 0.4, 1.0, 0.0]):
+        sampler = Prioritized(10, explore=0)
+        for step, rewards in ((1, [1.0, 0.0, 0.0, 0.0]), (2, [1.0, 1.0, 0.0, 1.0])):
+            both = torch.tensor([rewards, other], dtype=torch.float64)
+            variance = both.var(1, unbiased=False).tolist() if 0.4 in other else None
+            sampler.observe([0, 1], both.sum(1).tolist(), [4, 4], step, variance=variance)
+        priorities.append(sampler.priority[0])
+    rate = 0.8 * 0.75 + 0.2 * 0.25
+    assert priorities[0] == priorities[1] == pytest.approx(rate * (1 - rate) + 1e-4)
 
 
 # ---------------------------------------------------------------- GRESO
@@ -1007,7 +1031,7 @@ def test_rollout_replay_03_ages_out_of_order():
         assert births(store.complete([group(3, birth=99)], 8, step)[1:]) - {99} == left
 
 
-@pytest.mark.parametrize(("ratio", "per_step"), [(0.5, 3), (0.25, 3), (1.0, 5), (0.1, 1), (3.0, 2)])
+@pytest.mark.parametrize(("ratio", "per_step"), [(0.5, 3), (0.25, 3), (1.0, 5), (0.1, 1), (0.45, 1), (3.0, 2)])
 def test_rollout_replay_04_all_fresh_and_the_stated_number_of_stored(ratio, per_step):
     store = RolloutReplay(ratio=ratio, warmup=0)
     stored = 0
@@ -1050,6 +1074,17 @@ def test_rollout_replay_06_frequencies_follow_the_advantage(exponent):
     assert ((counts - expected) ** 2 / expected).sum() < 24.3  # chi-squared with 7 degrees of freedom, 0.1 %
 
 
+def test_rollout_replay_06_the_floor_is_a_millionth():
+    """With an exponent of 1/4 and |A| of 1 and 1e-6: (2e-6)^(1/4) = 0.0376 of the weight of the larger."""
+    draws = 0
+    for seed in range(3000):
+        store, two = RolloutReplay(seed=seed, exponent=0.25, warmup=0), group(0, rewards=(1, 0), birth=0)
+        two.advantages = torch.tensor([1.0, 1e-6])
+        store.complete([two], 8, 0)
+        draws += names(store.complete([group(1, rewards=(1, 0), birth=1)], 8, 1)[1:])[0][2]
+    assert draws / 3000 == pytest.approx(0.0376 / 1.0376, abs=0.01)
+
+
 def test_rollout_replay_06_the_floor_keeps_weights_positive():
     store = RolloutReplay(ratio=1.0, warmup=0)
     run_store(store, [0], 1, rewards=(1.0, 0.5, 0.0))  # the middle one has no advantage
@@ -1062,6 +1097,13 @@ def test_rollout_replay_09_truncated_answers_are_kept_as_such():
     for batch in run_store(store, range(3)):
         assert all(one.truncated == [int(one.tokens[0][1]) == 0] for one in batch[3:])
     assert all(len(t) == len(lp) for one in store.stored for t, lp in zip(one.tokens, one.logprobs, strict=True))
+
+
+def test_rollout_replay_09_answers_that_are_masked_are_neither_stored_nor_counted():
+    store = RolloutReplay(ratio=1.0, warmup=0, mask_truncated=True)
+    batches = run_store(store, range(4))  # the first of four answers of each group is cut
+    assert not any(one.truncated[0] for one in store.stored) and len(store.stored) == 4 * 9
+    assert [len(batch) - 3 for batch in batches] == [0, 9, 9, 9]
 
 
 def test_rollout_replay_10_age_starts_at_the_version_that_generated():
@@ -1224,6 +1266,14 @@ def test_adaptive_fills_as_many_places_as_stay_on_policy():
     halved = filled_by(GroupReplay(100, min_ess=0.99, max_fill=0.5), lambda n: 1.0, 400)
     assert np.mean(halved[-300:]) == 4
     assert not any(filled_by(GroupReplay(100, min_ess=0.99, max_fill=0.0), lambda n: 1.0, 40))
+
+
+def test_adaptives_share_of_places_is_part_of_its_state():
+    store, again = (GroupReplay(100, seed=1, min_ess=0.99) for _ in range(2))
+    filled_by(store, lambda n: 1.0, 20)
+    again.load_state_dict(store.state_dict())
+    assert again.fill == store.fill > 0.2
+    assert filled_by(again, lambda n: 1.0, 5) == filled_by(store, lambda n: 1.0, 5)
 
 
 def test_popo_itself_fills_every_place_whatever_the_sample_size():

@@ -161,6 +161,29 @@ x+y\le3 ; y+x\leq 3 ; 3\geqslant x+y
 |x-1| ; |1-x| ; \left|x-1\right|
 3:2 ; 3 : 2
 x\neq3 ; x \ne 3
+\lceil n/2\rceil ; \lfloor (n+1)/2\rfloor
+\frac{2^n-(-1)^n}{3} ; \frac{2^n+(-1)^{n+1}}{3}
+2^{n^2} ; (2^n)^n
+\ln(x^2-9) ; \ln((x-3)(x+3))
+\gcd(a,b) ; \gcd(b,a) ; \gcd\{a,b\}
+x=1,y=2 ; (1,2) ; 1,2 ; (x,y)=(1,2)
+\begin{pmatrix}\frac12\\3\end{pmatrix} ; \begin{pmatrix}\frac12\\[4pt]3\\ \end{pmatrix}
+\begin{pmatrix}\frac12\\4\end{pmatrix} ; \left(\begin{array}{c}\frac12\\4\end{array}\right)
+\{x\mid -2<x<3\} ; (-2,3) ; -2<x<3 ; \{x: -2<x<3\} ; \{x\in\mathbb{R}\mid -2<x<3\}
+2k\pi+\frac{\pi}{3}, k\in\mathbb{Z} ; \frac\pi3+2k\pi ; 2k\pi+\frac{\pi}{3}\ (k \in \mathbb{Z})
+18 ; 18 eggs ; 18 years ; 18\text{ students}
+5\text{ N}\cdot\text{m} ; 5
+3\text{ minutes} ; 3\text{ min} ; 3
+\frac{4}{3}\pi ; 4/3\pi
+\frac{n(n+1)}{2} ; 1/2n(n+1)
+\frac{5\pi}{2} ; 2\frac12\pi
+E_{1}+1 ; E_1+1
+\gamma^2-1 ; -1+\gamma^2 ; (\gamma-1)(\gamma+1)
+(0,0,6) ; (0;0;6)
+\max\{a,b\} ; \max(a,b)
+\text{YES} ; \text{Yes}
+1:2:3 ; 2:4:6
+-\frac13 ; -1./3
 """
 
 UNEQUAL = r"""
@@ -229,6 +252,30 @@ i ; I ; 1 ; -i ; j
 1.2e3 ; 1.2 ; 1.2\cdot e\cdot 3 ; 1.3e3
 0.\overline{3} ; 0.3 ; 0.\overline{34}
 3:2 ; 2:3 ; 3
+\lfloor n^2/4\rfloor ; 0 ; \lfloor n^2/8\rfloor ; n^2/4
+n-1+\lfloor n^2/6\rfloor ; n-1
+\lfloor\sqrt{n-1}\rfloor ; \lfloor\sqrt{n-2}\rfloor
+|x-5| ; 5-x
+\max(n,5) ; 5 ; n
+m+n-\gcd(m,n) ; m+n-1 ; m+n-\gcd(m,k)
+\operatorname{lcm}(m,n) ; mn
+5 ; 5\text{ or 6} ; 5\text{ is wrong} ; 5\text{+1} ; 5\text{ million} ; 5\text{ factorial}
+n \text{ is odd} ; n \text{ is even} ; n
+1:2:3 ; 1:3:2 ; 1:6:1 ; 1:2
+x=1,y=2 ; 2,1 ; (2,1) ; x=2,y=1
+\pi ; 2\frac{1}{2}\pi
+\gamma+1 ; 1
+5!! ; (5!)! ; 120
+\sum_{i=1}^n x_i ; n x_i
+f^{-1}(x) ; \frac1{f(x)}
+0.0011_{2} ; 0.0011 ; 0.0011_3
+CAB ; ABC
+1,000 ; 0,1
+3\text{ hours} ; 3\text{ minutes}
+15\text{ cm}^2 ; 15\text{ cm}^3 ; 15\text{ m}^2
+9\text{ a.m.} ; 9\text{ p.m.}
+2:15 ; 4:30
+\angle ABC ; \angle ACB
 """
 
 

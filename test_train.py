@@ -237,7 +237,9 @@ BAD_FLAGS = {
     "--is-cap -1": "--kl and --is-cap",
     "--dual-clip 0.5": "--dual-clip above 1",
     "--dual-clip -2": "--dual-clip above 1",
-    "--is-cap nan": "--kl and --is-cap",
+    "--is-cap nan": "--is-cap must be a finite number",
+    "--initial-priority nan": "--initial-priority must be a finite number",
+    "--betas 0.9 1": "--betas must be at least 0 and below 1",
     "--seed -1": "--seed must be at least 0",
     "--tensor-parallel 0": "--tensor-parallel must be at least 1",
     "--kv-cache-gb -3": "--kv-cache-gb must be at least 0",
@@ -397,6 +399,101 @@ def test_replay_alone_is_prompt_and_each_method_brings_its_papers_constants():
     adaptive = config.parse(["--replay", "adaptive"], "")[0]
     assert (adaptive.min_ess, adaptive.share, adaptive.cooldown, adaptive.max_fill) == (0.99, 0.5, 10, 1.0)
     assert config.validate(adaptive) == {"prompts": "adaptive", "fill": "adaptive"}
+
+
+# of the papers (of the public code, for the baselines): settings, and attributes of the sampler and of the store
+CONSTANTS = {
+    "prompt": (
+        {"clip_low": 0.2, "clip_high": 0.272, "advantage": "centred", "normaliser": "token", "mask_truncated": True},
+        {"band": (0.25, 0.75), "share": 0.75, "cooldown": 10, "max_reuse": 15}, {},
+    ),
+    "prioritized": (
+        {"clip_low": 0.2, "clip_high": 0.2, "advantage": "centred", "mask_truncated": False, "initial_priority": 0.2},
+        {"smoothing": 0.8, "explore": 0.125, "retest_every": 10, "retest_solved": 0.25, "tie_bias": 1e-4}, {},
+    ),
+    "group": (
+        {"clip_low": 0.2, "clip_high": 0.28, "dual_clip": 10.0, "advantage": "std", "proximal": "old", "is_cap": 2.0},
+        {}, {"order": "recent", "min_ess": 0.0, "max_fill": 1.0, "fill": 1.0},
+    ),
+    "rollout": (
+        {"clip_low": 0.2, "clip_high": 0.28, "dual_clip": 10.0, "advantage": "std", "proximal": "birth"},
+        {}, {"ratio": 0.5, "exponent": 0.5, "max_age": 10, "warmup": 20},
+    ),
+    "dapo": ({"clip_low": 0.2, "clip_high": 0.28, "advantage": "std", "max_rounds": 10, "dual_clip": 0.0}, {}, {}),
+    "greso": ({"clip_high": 0.272}, {"targets": (0.25 / 3, 0.5 / 3), "floor": 0.01, "pace": 0.01}, {}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CONSTANTS)
+def test_every_method_has_the_constants_of_its_paper(name):
+    settings, of_sampler, of_store = CONSTANTS[name]
+    cfg, _ = config.parse(["--model", "x", "--replay", name], "")
+    switches = config.validate(cfg)
+    sampler, stores = train.make_sampler(switches.get("prompts"), 100, cfg), train.make_stores(switches, cfg)
+    for there, expected in ((cfg, settings), (sampler, of_sampler), (stores.get(name), of_store)):
+        for key, value in expected.items():
+            assert getattr(there, key) == value, key
+    if name == "group":
+        assert stores[name].stored.maxlen == 2 * 32  # two steps' worth
+    if name == "rollout":
+        assert stores[name].stored.maxlen == 30_000
+    if name == "prioritized":
+        assert set(sampler.priority) == {0.2}
+
+
+def test_every_knob_of_a_store_reaches_it():
+    flags = "--replay-ratio 0.3 --priority-exponent 0.7 --max-age 4 --replay-warmup 6 --rollout-capacity 99"
+    cfg, _ = config.parse(["--replay", "rollout", "--mask-truncated", "--seed", "5", *flags.split()], "")
+    store = train.make_stores(config.validate(cfg), cfg)["rollout"]
+    assert (store.ratio, store.exponent, store.max_age, store.warmup, store.stored.maxlen) == (0.3, 0.7, 4, 6, 99)
+    assert store.mask_truncated
+    flags = "--group-capacity 7 --group-order oldest --min-ess 0.9 --max-fill 0.5"
+    cfg, _ = config.parse(["--replay", "group", *flags.split()], "")
+    store = train.make_stores(config.validate(cfg), cfg)["group"]
+    assert (store.stored.maxlen, store.order, store.min_ess, store.max_fill) == (7, "oldest", 0.9, 0.5)
+
+
+def prepared(out, *flags: str) -> train.Run:
+    made = train.prepare(config.parse([*SMALL, *QUICK, "--eval-every", "0", "--out", str(out), *flags], "")[0])
+    made.folder.mkdir(parents=True)
+    return made
+
+
+def test_refills_end_when_the_batch_is_full_and_each_knows_the_results_of_those_before(tmp_path, monkeypatch):
+    made = prepared(tmp_path / "run", "--replay", "prioritized+dapo", "--steps", "8", "--max-rounds", "5")
+    events, sampler, store = [], made.sampler, made.stores["dapo"]
+    draw, observe, complete = sampler.draw, train.observe, store.complete
+
+    def note_results(sampler, groups, step):
+        events.append(("observe", step, sum(not group.dead for group in groups)))
+        observe(sampler, groups, step)
+
+    def note_batch(useful, places, step):
+        events.append(("carried", step, len(store.carried)))
+        return complete(useful, places, step)
+
+    monkeypatch.setattr(sampler, "draw", lambda n, step: events.append(("draw", step, 0)) or draw(n, step))
+    monkeypatch.setattr(train, "observe", note_results)
+    monkeypatch.setattr(store, "complete", note_batch)
+    train.train(made)
+    rounds = []
+    for step in range(1, 9):
+        names = [name for name, s, _ in events if s == step]
+        assert names == ["draw", "observe"] * (len(names) // 2) + ["carried"]
+        useful = [number for name, s, number in events if s == step and name == "observe"]
+        carried = next(number for name, s, number in events if s == step and name == "carried")
+        rounds.append(len(useful))
+        assert carried + sum(useful[:-1]) < 6 or len(useful) == 1  # not one round more than needed
+        assert carried + sum(useful) >= 6 or len(useful) == 5
+    assert len(set(rounds)) > 1
+
+
+@pytest.mark.parametrize(("lr", "more"), [("1e-5", True), ("2e-3", False)])
+def test_adaptive_learns_from_every_update_how_many_places_to_fill(tmp_path, lr, more):
+    made = prepared(tmp_path / "run", "--replay", "adaptive", "--steps", "12", "--lr", lr)
+    assert made.stores["group"].fill == pytest.approx(0.1)
+    train.train(made)
+    assert (made.stores["group"].fill > 0.15) == more and (made.stores["group"].fill < 0.09) != more
 
 
 def test_truncated_answers_are_left_out_of_fresh_and_replayed_groups_alike_and_equal_ones_counted():

@@ -177,7 +177,7 @@ def score(run: Run, groups: list[Group]) -> list[list[str]]:
 
 def observe(sampler, groups: list[Group], step: int) -> None:
     """Tells `sampler` how `groups` turned out; of rewards other than 0 and 1 the variance too, as it is not p(1-p)."""
-    rewards = torch.stack([group.rewards for group in groups])  # [P, G]
+    rewards = torch.stack([group.rewards for group in groups]).double()  # [P, G]
     binary = bool(((rewards == 0) | (rewards == 1)).all())
     variance = None if binary else rewards.var(1, unbiased=False).tolist()
     indices, counts = [group.prompt for group in groups], [rewards.shape[1]] * len(groups)
@@ -185,7 +185,8 @@ def observe(sampler, groups: list[Group], step: int) -> None:
 
 
 def training_sequences(run: Run, batch: list[Group], step: int) -> list[Sequence]:
-    """The answers of `batch`. Equal answers of a group become one with a count, which leaves the gradient unchanged."""
+    """The answers of `batch`. Equal answers of a group become one with a count, which leaves the gradient unchanged
+    (as far as the engine gave equal tokens equal log-probs; in bf16 they may differ by rounding)."""
     sequences: dict[tuple, Sequence] = {}
     for group in batch:
         advantages = group.advantages.tolist()

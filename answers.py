@@ -81,18 +81,14 @@ FOR_SYMPY = [
 NAME = r"(?:[A-Za-z\\{}|' ]|_\w|_\{[^{}]*\})+\d*(?:\^\{-1\})?(?:\([^()]*\))?|\(LETTER(?:,LETTER)*\)"
 NAME = NAME.replace("LETTER", r"\\?[A-Za-z]+(?:_\w)?")
 WORDS = r"(?i:no)|(?=.*[A-Za-z]{4}|[A-Z][a-z]{2}|[A-Z]{3})[A-Za-z][A-Za-z -]*"
-UNIT_WORDS = "mm|cm|km|kg|degrees?|dollars?|cents?|percent|units?|inches|feet|miles|hours|minutes|seconds|meters|"
-UNIT_WORDS += "mph|[A-Za-z]{3,}(?: [A-Za-z]{3,}){0,2}"  # 18 eggs
+UNIT_WORDS = "mm|cm|km|kg|[A-Za-z]{3,}(?: [A-Za-z]{3,}){0,2}"  # 18 eggs
 UNIT = rf"(?:/|\\cdot ?)?(?:[%°]|\\text\{{(?:[^{{}}]|\{{[^{{}}]*\}})*\}}|(?<=\d) ?(?:{UNIT_WORDS}))(?:\^\{{?-?\d\}}?)?"
 # what makes a text more than a unit: 5\text{ or 6}, n\text{ is odd}, 5\text{ million}
-SAYS = "or|and|not|is|if|odd|even|for|when|where|thousand|million|billion|hundred|dozen|"
-SAYS += "squared|factorial|pairs"
+SAYS = "or|and|not|is|if|odd|even|for|when|where|hundred|thousand|million|billion|dozen|pairs|squared|factorial"
 SAYS = rf"(?<![\^{{\w-])\d|[!?=+;]|(?i:\b(?:{SAYS})\b)"
 # units of which one is not another, by any of their names: 5 cm is not 5 km, but 5
-NAMES = (
-    "% | ° degree | mm | cm | m meter metre | km | g gram | kg | s sec second | min minute | h hr hour | day | week |"
-)
-NAMES += " month | year | inche in | foot feet ft | mile | yard | dollar | cent | yuan | am | pm"
+NAMES = "% | ° degree | mm | cm | m meter metre | km | g gram | kg | s sec second | min minute | h hr hour | day |"
+NAMES += " week | month | year | inche in | foot feet ft | mile | yard | dollar | cent | yuan | am | pm"
 COMPARED = {
     word: i for i, names in enumerate(NAMES.split("|")) for name in names.split() for word in (name, name + "s")
 }

@@ -244,6 +244,7 @@ def line(row: dict) -> str:
         f"cut {row['truncated']:.2f} | grad {row['grad_norm']:6.3f} | {row['seconds_total']:6.2f} s"
         + (f" | held-out {row['eval_accuracy']:.3f}" if "eval_accuracy" in row else "")
         + (" | many answers are cut off: raise --max-tokens, or --mask-truncated" if row["truncated"] > 0.3 else "")
+        + (" | every prompt was last all right or all wrong" if row.get("heap") == 0 else "")
     )
 
 

@@ -59,6 +59,13 @@ def test_figures_of_a_steps_rollouts_by_hand():
     assert "zero_variance_replayed" not in log.rollout_figures(groups, replays=set())
 
 
+def test_a_step_says_when_nothing_of_medium_pass_rate_is_left():
+    names = ("reward", "zero_variance", "replayed", "mean_abs_advantage", "entropy", "truncated", "grad_norm")
+    row = {"step": 3, "seconds_total": 1.0} | dict.fromkeys(names, 0.25)
+    assert "all right or all wrong" in log.line(row | {"heap": 0})
+    assert "all right" not in log.line(row | {"heap": 1}) and "all right" not in log.line(row)
+
+
 @pytest.fixture
 def wandb(monkeypatch):
     """A module that notes what is asked of it."""

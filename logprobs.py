@@ -24,10 +24,12 @@ class _ChunkedLogProb(torch.autograd.Function):
         for start in range(0, len(hidden), chunk):
             rows = slice(start, start + chunk)
             logits = (hidden[rows] @ weight.T).float().mul_(inverse_temperature)  # [chunk, V]
-            normaliser[rows] = torch.logsumexp(logits, -1)
+            most = logits.amax(-1)
+            odds = (logits - most[:, None]).exp_()  # once, for the normaliser and the entropy
+            total = odds.sum(-1)
+            normaliser[rows] = most + total.log()
             logprob[rows] = logits.gather(1, targets[rows, None])[:, 0] - normaliser[rows]
-            expected = (torch.softmax(logits, -1).mul_(logits)).sum(-1)
-            entropy[rows] = normaliser[rows] - expected
+            entropy[rows] = normaliser[rows] - odds.mul_(logits).sum(-1) / total
         ctx.save_for_backward(hidden, weight, targets, normaliser)
         ctx.inverse_temperature, ctx.chunk = inverse_temperature, chunk
         ctx.mark_non_differentiable(entropy)
@@ -41,10 +43,9 @@ class _ChunkedLogProb(torch.autograd.Function):
         for start in range(0, len(hidden), ctx.chunk):
             rows = slice(start, start + ctx.chunk)
             logits = (hidden[rows] @ weight.T).float().mul_(ctx.inverse_temperature)
-            slope = torch.exp(logits.sub_(normaliser[rows, None])).neg_()  # d logprob / d logits = onehot - softmax
-            slope.scatter_add_(1, targets[rows, None], torch.ones_like(slope[:, :1]))
-            slope.mul_((grad[rows] * ctx.inverse_temperature)[:, None])
-            slope = slope.to(weight.dtype)
+            size = (grad[rows] * ctx.inverse_temperature)[:, None]  # d logprob / d logits = onehot - softmax
+            slope = logits.sub_(normaliser[rows, None]).exp_().mul_(-size)
+            slope = slope.scatter_add_(1, targets[rows, None], size).to(weight.dtype)
             grad_hidden[rows] = slope @ weight
             grad_weight += slope.T @ hidden[rows]
         return grad_hidden, grad_weight.to(weight.dtype), None, None, None

@@ -78,8 +78,8 @@ FOR_SYMPY = [
     ),
     (r"(?<![\w.^}])(\d[0-9A-F]*)_\{?(\d+)\}?(?!\w)", lambda m: str(int(m[1], int(m[2])))),  # 52_8
 ]  # fmt: skip
-NAME = r"(?:[A-Za-z\\{}|' ]|_\w|_\{[^{}]*\})+\d*(?:\^\{-1\})?(?:\([^()]*\))?|\(LETTER(?:,LETTER)*\)"
-NAME = NAME.replace("LETTER", r"\\?[A-Za-z]+(?:_\w)?")
+LETTER = r"\\?[A-Za-z]+(?:_\w)?"
+NAME = r"(?:[A-Za-z\\{}|' ]|_\w|_\{[^{}]*\})+\d*(?:\^\{-1\})?(?:\([^()]*\))?" + rf"|\({LETTER}(?:,{LETTER})*\)"
 WORDS = r"(?i:no)|(?=.*[A-Za-z]{4}|[A-Z][a-z]{2}|[A-Z]{3})[A-Za-z][A-Za-z -]*"
 UNIT_WORDS = "mm|cm|km|kg|[A-Za-z]{3,}(?: [A-Za-z]{3,}){0,2}"  # 18 eggs
 UNIT = rf"(?:/|\\cdot ?)?(?:[%°]|\\text\{{(?:[^{{}}]|\{{[^{{}}]*\}})*\}}|(?<=\d) ?(?:{UNIT_WORDS}))(?:\^\{{?-?\d\}}?)?"
@@ -267,8 +267,10 @@ def agree(x, y):
     for k in range(24 if names else 1):
         if k == 16 and tested and not whole:
             break
-        low, high, part = (-99 * k, 1000, 499) if k < 10 else (-20_000, 20_000, 499)
-        low, high, part = (1, 6 + 3 * k, 1) if whole or k >= 16 else (low, high, part)
+        if whole or k >= 16:
+            low, high, part = 1, 6 + 3 * k, 1
+        else:
+            low, high, part = (-99 * k, 1000, 499) if k < 10 else (-20_000, 20_000, 499)
         point = {name: Rational(random.Random(f"{name} {k}").randint(low, high), part) for name in names}
         u, v = x.xreplace(point), y.xreplace(point)
         if names and not x.has(I) and not (u.evalf().is_real and v.evalf().is_real):

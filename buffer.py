@@ -190,9 +190,8 @@ class RolloutReplay(Saved):
         self.ratio, self.exponent, self.max_age, self.warmup = ratio, exponent, max_age, warmup
         self.stored = Store(maxlen=capacity)  # one answer each, oldest first
         self.rng = np.random.default_rng([seed, 3])
-        self.mask_truncated = (
-            mask_truncated  # answers cut at the limit are not trained on, so neither stored nor counted
-        )
+        # answers cut at the limit are then not trained on, so neither stored nor counted
+        self.mask_truncated = mask_truncated
         self.drawn: list[Group] = []
 
     def complete(self, useful: list[Group], places: int, step: int) -> list[Group]:

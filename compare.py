@@ -48,7 +48,7 @@ def read_run(folder: Path) -> dict:
     """One run as cumulative costs and held-out accuracy at its evaluations, and the means of its health figures."""
     config = json.loads((folder / "config.json").read_text())
     rows = plot.read(folder / "metrics.jsonl")
-    if not rows or [row["step"] for row in rows] != list(range(1, len(rows) + 1)):
+    if [row["step"] for row in rows] != list(range(1, len(rows) + 1)):
         raise ValueError(f"{folder / 'metrics.jsonl'} has not every step once; remove the folder and run it again")
     seconds = steps = 0.0
     points = [{"accuracy": rows[0].get("eval_accuracy_start"), **dict.fromkeys(COSTS, 0.0)}]

@@ -160,9 +160,14 @@ def fail(message: str) -> None:
     raise SystemExit(2)
 
 
+def comments_of(kind: type) -> dict[str, str]:
+    """The comment behind each field of a dataclass, which is its flag's help."""
+    return dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(kind), re.M))
+
+
 def parse(argv: list[str], description: str) -> tuple[Config, list[str]]:
     """Flags from the fields of Config and their comments. Returns the configuration and the fields given by hand."""
-    comments = dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(Config), re.M))
+    comments = comments_of(Config)
     methods = "\n".join(f"  {name:12}{text}" for name, (_, text, _) in METHODS.items())
     parser = argparse.ArgumentParser(
         description=description, epilog=f"--replay takes\n{methods}", allow_abbrev=False,
@@ -186,7 +191,7 @@ def parse(argv: list[str], description: str) -> tuple[Config, list[str]]:
         elif get_origin(kind) is tuple:
             parser.add_argument(flag, nargs=2, type=float, metavar=("FIRST", "SECOND"), help=text)
         else:
-            first = (get_args(kind) or (kind,))[0]  # `float | None` reads a float
+            first = (get_args(kind) or (kind,))[0]  # `str | None` reads a str
             parser.add_argument(flag, type=first, metavar=first.__name__.upper(), help=text)
     parser.error = fail  # argparse would print a page of usage first
     given = vars(parser.parse_args(argv))
@@ -226,7 +231,7 @@ def validate(cfg: Config) -> dict[str, str]:
         raise ValueError(f"--threads must be at most 1024, got {cfg.threads}; 0 leaves it to PyTorch")
     if not 0 < cfg.gpu_memory <= 1:
         raise ValueError(f"--gpu-memory is a share of the GPU, above 0 and at most 1, got {cfg.gpu_memory}")
-    if cfg.kl < 0 or not cfg.is_cap >= 0 or cfg.dual_clip < 0 or 0 < cfg.dual_clip <= 1:
+    if cfg.kl < 0 or cfg.is_cap < 0 or (cfg.dual_clip and cfg.dual_clip <= 1):
         raise ValueError("--kl and --is-cap must be at least 0, and --dual-clip above 1 (or 0: none)")
     if cfg.temperature <= 0:
         raise ValueError(f"--temperature must be above 0 to train on samples, got {cfg.temperature}")

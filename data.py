@@ -179,26 +179,28 @@ def from_rows(rows, path: str, problem_column=None, answer_column=None, usual=US
             raise ValueError(f"{path} row {n} is {type(row).__name__}, not an object with a problem and an answer")
         problem = problem or pick_column(row, problem_column, usual[0], "--problem-column", path)
         answer = answer or pick_column(row, answer_column, usual[1], "--answer-column", path)
-        text, gold = row.get(problem), final_answer(row.get(answer))
-        text = text if isinstance(text, list) else str("" if text is None else text)
-        usable = is_chat(text) if isinstance(text, list) else bool(text.strip())
-        if usable and left_out is not None:
-            text = unwrap(text)
-        if gold and usable and text:
+        text, gold = question(row.get(problem)), final_answer(row.get(answer))
+        text = text if left_out is None else unwrap(text)
+        if gold and text:
             pairs.append((text, gold))
         elif left_out is not None:
             left_out["without problem or answer"] += 1
         else:
             empty = f"an empty {problem!r} (it takes text, or messages with a role and a text as content)"
-            lacks = f"no final answer in {answer!r}" if usable and text else empty
+            lacks = f"no final answer in {answer!r}" if text else empty
             raise ValueError(f"{path} row {n} has {lacks}; give every row a problem and an answer, or take it out")
     if not problem:
         raise ValueError(f"{path} has no rows; it needs at least as many as there are prompts in a step")
     return pairs
 
 
-def is_chat(messages: list) -> bool:
-    return all(isinstance(m, dict) and {type(m.get("role")), type(m.get("content"))} == {str} for m in messages)
+def question(value) -> str | list[dict]:
+    """Text, or chat messages as they are; "" for anything else."""
+    if isinstance(value, list):
+        chat = all(isinstance(m, dict) and {type(m.get("role")), type(m.get("content"))} == {str} for m in value)
+        return value if chat else ""
+    text = "" if value is None else str(value)
+    return text if text.strip() else ""
 
 
 def final_answer(value) -> str:

@@ -81,6 +81,12 @@ def per_sequence_mean(values: torch.Tensor, segment: torch.Tensor) -> torch.Tens
     return (totals / counts.clamp(min=1))[segment]
 
 
+def importance_weights(old: torch.Tensor, behaviour: torch.Tensor, cap: float) -> torch.Tensor:
+    """w = min(pi_old / mu, cap) without gradient, or 1 if `cap` is 0.  log-probs [N] -> [N]"""
+    importance = torch.exp(old - behaviour).detach()
+    return torch.ones_like(importance) if cap == 0 else importance.clamp(max=cap)
+
+
 def policy_loss(
     logprob: torch.Tensor,
     old: torch.Tensor,
@@ -112,8 +118,7 @@ def policy_loss(
     """
     if proximal == "birth":
         old = behaviour
-    importance = torch.exp(old - behaviour).detach()
-    w = torch.ones_like(importance) if cap == 0 else importance.clamp(max=cap)
+    w = importance_weights(old, behaviour, cap)
     log_ratio = logprob - old.detach()
     if ratio == "sequence":
         log_ratio = per_sequence_mean(log_ratio, segment)
@@ -273,7 +278,7 @@ def _microbatch_loss(sums, logprob, old, entropy, rows: list[Sequence], weight, 
         sums[name] += value
     sums["max_ratio"] = max(sums["max_ratio"], (importance * fresh).max().item())
     sums["loss"] += loss.item()
-    return loss, importance.clamp(max=cfg.is_cap) if cfg.is_cap else torch.ones_like(importance)
+    return loss, importance_weights(old, behaviour, cfg.is_cap)
 
 
 def _figures(sums: dict[str, float]) -> dict[str, float]:

@@ -22,11 +22,9 @@ out: answers' length and time (a rollout is a rollout), and all that a network's
 
 import argparse
 import dataclasses
-import inspect
 import itertools
 import json
 import math
-import re
 import shlex
 import sys
 from dataclasses import dataclass
@@ -39,7 +37,7 @@ import numpy as np
 import plot
 import stats
 from adaptive import Adaptive
-from config import fail
+from config import comments_of, fail
 from replay import GRESO, Prioritized, PromptReplay, Uniform
 
 HERE = Path(__file__).parent
@@ -317,7 +315,7 @@ def main(argv: list[str]) -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.error = fail
-    comments = dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(Setting), re.M))
+    comments = comments_of(Setting)
     for field in dataclasses.fields(Setting):
         choices = get_args(field.type) or None
         parser.add_argument(

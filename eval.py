@@ -34,16 +34,13 @@ from statistics import fmean, stdev
 import torch
 from tqdm import tqdm
 
-import data
-import logprobs
 import reward
 import rollout
-import stats
-import tiny
-from benchmarks import BENCHMARKS, Problem, load, score
-from config import EMBEDDED, Config, fail
+from support import logprobs, stats
+from support.config import EMBEDDED, OUT, Config, fail
+from tasks import data, tiny
+from tasks.benchmarks import BENCHMARKS, Problem, load, score
 
-HERE = Path(__file__).parent
 PASS_AT = (1, 4, 8, 16, 32)
 
 # ---------------------------------------------------------------- answers
@@ -260,7 +257,7 @@ def prepare(args):
         stats.common({task.name: [problem.id for problem in task.problems] for task in tasks}, stats.ids(baseline))
     if small:
         torch.set_num_threads(EMBEDDED["threads"])
-    path = args.model or str(tiny.make(HERE / "out" / "tiny-model"))
+    path = args.model or str(tiny.make(tiny.home()))
     on_vllm = find_spec("vllm") and (args.engine == "vllm" or (args.engine == "auto" and torch.cuda.is_available()))
     model, tokenizer, stop_ids = logprobs.load_model(path, device="cpu" if on_vllm else None)  # vLLM wants the room
     if not tokenizer.chat_template and not small:
@@ -302,7 +299,7 @@ def fingerprint(model) -> str:
 def choose_folder(out: str, settings: dict) -> Path:
     """--out, or a folder under out/ for these settings. ValueError if it has completions made with others."""
     digest = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:6]
-    folder = Path(out or HERE / "out" / f"eval-{Path(settings['model']).name}-{digest}")
+    folder = Path(out or OUT / f"eval-{Path(settings['model']).name}-{digest}")
     file = folder / "settings.json"
     if file.exists() and (before := json.loads(file.read_text())) != settings:
         changed = [f"{key} {before.get(key)}, not {new}" for key, new in settings.items() if before.get(key) != new]

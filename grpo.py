@@ -27,8 +27,8 @@ import random
 
 import torch
 
-import ranks
-from logprobs import LogProbModel, Sequence, autocast, empty_microbatch, share_out
+from support import ranks
+from support.logprobs import LogProbModel, Sequence, autocast, empty_microbatch, share_out
 
 
 def advantages(rewards: torch.Tensor, kind: str = "centred") -> torch.Tensor:

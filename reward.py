@@ -29,8 +29,8 @@ from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
 from multiprocessing.connection import wait
 
-import answers
-from answers import LONGEST
+from tasks import answers
+from tasks.answers import LONGEST
 
 SECONDS = 1.7  # for one answer, from the moment a child takes it
 START_SECONDS = 60.0  # for a child to import sympy; 0.5 on a quiet machine

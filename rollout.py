@@ -20,10 +20,10 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-import ranks
 from buffer import Group
-from data import Prompt
-from logprobs import LogProbModel, Sequence, autocast, load_model
+from support import ranks
+from support.logprobs import LogProbModel, Sequence, autocast, load_model
+from tasks.data import Prompt
 
 
 def request_seed(seed: int, step: int, prompt: int, sample: int) -> int:

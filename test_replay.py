@@ -23,8 +23,8 @@ import numpy as np
 import pytest
 import torch
 
-from adaptive import Adaptive
 from buffer import Group, GroupReplay, RolloutReplay, Surplus
+from lab.rules import Adaptive
 from replay import GRESO, Prioritized, PromptReplay, Uniform, smallest
 
 SAMPLERS = {"uniform": Uniform, "prompt": PromptReplay, "prioritized": Prioritized, "greso": GRESO}

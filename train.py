@@ -16,27 +16,17 @@ from pathlib import Path
 
 import torch
 
-import benchmarks
-import checkpoint
-import config
-import data
 import eval
 import grpo
-import log
-import plan
-import plot
-import ranks
 import reward
-import stats
-import tiny
-from adaptive import Adaptive
 from buffer import Group, GroupReplay, RolloutReplay, Surplus, make_stores
-from config import Config
-from logprobs import LogProbModel, Sequence, load_model
+from lab.rules import Adaptive
 from replay import GRESO, Prioritized, PromptReplay, Uniform
 from rollout import EngineAstray, TransformersEngine, VLLMEngine, make_engine
-
-HERE = Path(__file__).parent
+from support import checkpoint, config, log, plan, plot, ranks, stats
+from support.config import Config
+from support.logprobs import LogProbModel, Sequence, load_model
+from tasks import benchmarks, data, tiny
 
 
 @dataclass
@@ -73,8 +63,8 @@ def prepare(cfg: Config) -> Run:
     if judge is reward.grade:
         reward.start()  # its child processes, before CUDA
     ranks.start()
-    folder = Path(ranks.from_main(str(checkpoint.choose_folder(cfg, HERE / "out"))))
-    path = cfg.model or str(tiny.home(HERE / "out", cfg.sharing))
+    folder = Path(ranks.from_main(str(checkpoint.choose_folder(cfg, config.OUT))))
+    path = cfg.model or str(tiny.home(cfg.sharing))
     if not cfg.model and ranks.is_main():
         tiny.make(path, sharing=cfg.sharing)
     ranks.barrier()
@@ -148,7 +138,7 @@ def dry_run(cfg: Config, given: list[str]) -> str:
     """What a run would do and need; loads no weights."""
     switches = config.validate(cfg)
     reward.load(cfg.reward)  # this, and the folder, sampler and stores: to refuse what a run would
-    checkpoint.choose_folder(cfg, HERE / "out")
+    checkpoint.choose_folder(cfg, config.OUT)
     kind, tokenizer = plan.read(cfg.model) if cfg.model else (tiny.make_model(0).config, tiny.make_tokenizer())
     prompts = load_prompts(cfg, tokenizer)[0]
     make_sampler(switches.get("prompts"), len(prompts), cfg)
@@ -332,7 +322,7 @@ def main(argv: list[str]) -> int:
     try:
         return start(cfg, given)
     except torch.OutOfMemoryError:
-        kind, _ = plan.read(cfg.model or str(tiny.home(HERE / "out", cfg.sharing)))
+        kind, _ = plan.read(cfg.model or str(tiny.home(cfg.sharing)))
         print(f"error: {plan.out_of_memory(cfg, kind)}", file=sys.stderr)
         return 2
     except (EngineAstray, FloatingPointError, reward.VerifierBroken, reward.RewardBroken) as error:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from transformers.utils import is_flash_attn_2_available
 
-import ranks
+from support import ranks
 
 
 class _ChunkedLogProb(torch.autograd.Function):

@@ -20,14 +20,13 @@ import numpy as np
 import pytest
 import torch
 
-import plot
 import rollout
-import tiny
-from config import Config
-from data import Prompt
-from logprobs import LogProbModel
+from support import plot
+from support.config import ROOT, Config
+from support.logprobs import LogProbModel
+from tasks import tiny
+from tasks.data import Prompt
 
-HERE = Path(__file__).parent
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 VOCABULARY, STOP, TOKENS = 48, [1, 2, 3], 12
 CFG = Config(max_prompt_tokens=200, max_tokens=TOKENS, dtype="float32", kv_cache_gb=0.03)
@@ -282,7 +281,7 @@ def test_every_distinct_prefix_is_read_once(small):
 
 
 def test_bfloat16_engine_scores_like_the_bfloat16_update(small):
-    from logprobs import Sequence, model_logprobs, pack
+    from support.logprobs import Sequence, model_logprobs, pack
 
     (group,) = rollout.TransformersEngine(small, STOP, TOKENS, dtype="bfloat16").generate(prompts()[:1], 16, 0, 1)
     sequences = [Sequence(prompts()[0].ids, t, lp, 0.0, 0) for t, lp in zip(group.tokens, group.logprobs, strict=True)]
@@ -530,7 +529,7 @@ def test_vllm_without_a_trainer_reads_the_folder(case):
 def curve(out: Path, engine: str, seed: int, steps: int) -> list[dict]:
     command = [sys.executable, "-c", "import sys, train; sys.exit(train.main(sys.argv[1:]))", "--engine", engine]
     command += ["--seed", str(seed), "--steps", str(steps), "--eval-every", "0", "--out", str(out)]
-    done = subprocess.run(command, cwd=HERE, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+    done = subprocess.run(command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert f"engine: {engine} (asked for)" in done.stdout
     return plot.read(out / "metrics.jsonl")
@@ -543,7 +542,7 @@ def test_training_with_vllm_goes_like_training_with_transformers(tmp_path):
 
     A run's mean reward over 20 steps differs from seed to seed with a standard deviation of about 0.025.
     """
-    tiny.make(HERE / "out" / "tiny-model")
+    tiny.make(tiny.home())
     means = {}
     for engine in ("transformers", "vllm"):
         runs = [curve(tmp_path / f"{engine}-{seed}", engine, seed, steps=60) for seed in (0, 1)]
@@ -559,7 +558,8 @@ def test_training_with_vllm_goes_like_training_with_transformers(tmp_path):
 
 RANKS = """
 import os, sys
-import ranks, rollout, test_rollout as t
+import rollout, tests.test_rollout as t
+from support import ranks
 from dataclasses import replace
 folder, share = f"{sys.argv[1]}/{os.environ['RANK']}", int(sys.argv[2])
 model = t.make_model("qwen3", "tied", folder)
@@ -587,7 +587,7 @@ def test_vllm_on_two_ranks(tmp_path):
         (tmp_path / "run.py").write_text(RANKS)
         done = subprocess.run(
             [*launch, str(tmp_path / "run.py"), str(tmp_path), share], capture_output=True, text=True,
-            env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE)},
+            env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
         )  # fmt: skip
         assert done.returncode == 0, done.stderr
         _, error, answers = done.stdout[done.stdout.index("RESULT") :].split(" ", 2)

@@ -14,14 +14,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-import checkpoint
-import config
-import plot
-import tiny
 import train
 from buffer import Group
+from support import checkpoint, config, plot
+from tasks import tiny
 
-TINY = str(train.HERE / "out" / "tiny-model")
+TINY = str(tiny.home())
 SMALL = ["--prompts-per-step", "6", "--answers-per-prompt", "4", "--eval-prompts", "20", "--eval-every", "4"]
 # constants small enough that every part of every method acts within a dozen steps
 QUICK = ["--cooldown", "2", "--replay-warmup", "2", "--retest-every", "3", "--max-rounds", "3", "--save-every", "5"]
@@ -172,7 +170,7 @@ def test_a_finished_run_has_nothing_left_to_do(finished, capsys):
 def start(out, *flags: str) -> subprocess.Popen:
     command = [sys.executable, "train.py", *SMALL, *QUICK, "--out", str(out), *flags]
     return subprocess.Popen(
-        command, cwd=train.HERE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        command, cwd=config.ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
     )  # fmt: skip
 

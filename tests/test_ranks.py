@@ -15,11 +15,10 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
 
-import plot
-import ranks
 import reward
-import tiny
 import train
+from support import config, plot, ranks
+from tasks import tiny
 
 FLAGS = [
     "--prompts-per-step",
@@ -43,7 +42,7 @@ FLAGS = [
 
 @pytest.fixture(scope="session", autouse=True)
 def embedded_model():
-    tiny.make(train.HERE / "out" / "tiny-model")
+    tiny.make(tiny.home())
 
 
 def free_port() -> int:
@@ -58,7 +57,7 @@ def start(out, *flags: str, processes: int = 2, torchrun: tuple[str, ...] = ()) 
         launcher += [f"--master-port={free_port()}"]
     return subprocess.Popen(
         [*launcher, *torchrun, "train.py", *FLAGS, "--out", str(out), *flags],
-        cwd=train.HERE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        cwd=config.ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
     )  # fmt: skip
 

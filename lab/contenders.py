@@ -94,7 +94,7 @@ def large_vocabulary():
 
 
 def contender_memory_ours() -> dict[str, float]:
-    import logprobs
+    from support import logprobs
 
     model, ids = large_vocabulary()
 
@@ -121,7 +121,7 @@ def contender_memory_trl() -> dict[str, float]:
     from datasets import Dataset
     from trl import GRPOConfig, GRPOTrainer
 
-    import tiny
+    from tasks import tiny
 
     model, ids = large_vocabulary()
     with tempfile.TemporaryDirectory() as folder:
@@ -147,7 +147,7 @@ def contender_memory_trl() -> dict[str, float]:
 
 def long_tailed_answers():
     """64 answers with lengths as reasoning models have them: mean 0.3 of the longest."""
-    import logprobs
+    from support import logprobs
 
     generator = torch.Generator().manual_seed(0)
     lengths = (torch.rand(64, generator=generator).pow(2.3) * 500).int() + 12
@@ -158,7 +158,7 @@ def long_tailed_answers():
 def time_update(padded: bool) -> dict[str, float]:
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
-    import logprobs
+    from support import logprobs
 
     torch.manual_seed(0)
     torch.set_num_threads(1)
@@ -207,8 +207,8 @@ def contender_update_ours() -> dict[str, float]:
     """TFLOP/s of `grpo.update`, AdamW's step included, by the arithmetic that the model needs: what checkpointing does
     again does not count."""
     import grpo
-    from config import Config
-    from logprobs import Sequence, choose_attention
+    from support.config import Config
+    from support.logprobs import Sequence, choose_attention
 
     torch.set_num_threads(1)
     shape = QWEN3_8B | {"num_hidden_layers": layers_that_fit(QWEN3_8B)} if GPU else SMALL | {"hidden_size": 512}
@@ -244,7 +244,7 @@ def contender_update_matmul() -> dict[str, float]:
 
 
 def random_prompts() -> list:
-    import data
+    from tasks import data
 
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(900, (PROMPTS, 24), generator=generator).tolist()
@@ -272,7 +272,7 @@ def contender_engines_generate() -> dict[str, float]:
 def on_vllm(work) -> dict:
     """work(engine, model), with a model and its engine."""
     import rollout
-    from config import Config
+    from support.config import Config
 
     model = make_model(QWEN3_600M if GPU else MEDIUM)
     cfg = Config(

@@ -139,7 +139,7 @@ def bands(axis, runs: list[dict], methods: list[str], cost: str) -> None:
     """Held-out accuracy over `cost`: mean over seeds with its 95 % band (compare.py's runs)."""
     import numpy as np
 
-    import stats
+    from support import stats
 
     for i, method in enumerate(methods):
         arm = [run["points"] for run in runs if run["method"] == method]

@@ -20,9 +20,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_state_dict,
 )
 
-import config
-import log
-import ranks
+from support import config, log, ranks
 
 # with one process that is what is meant
 warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized")

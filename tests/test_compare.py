@@ -6,9 +6,8 @@ import shlex
 
 import pytest
 
-import compare
-import plot
-import stats
+from lab import compare
+from support import plot, stats
 
 
 def run_of(method: str, seed: int, accuracies: list[float], rollouts: int = 100) -> dict:

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-import adaptive
-from adaptive import GUESS, LEVELS, MARGIN, MEMORY, Adaptive, worth
+from lab import rules
+from lab.rules import GUESS, LEVELS, MARGIN, MEMORY, Adaptive, worth
 from replay import Uniform
 
 G = 8
@@ -119,4 +119,4 @@ def test_wrong_constants(wrong):
 
 
 def test_constants_of_the_docstring():
-    assert (adaptive.MARGIN, adaptive.MEMORY, adaptive.GUESS) == (1.25, 320, 8)
+    assert (rules.MARGIN, rules.MEMORY, rules.GUESS) == (1.25, 320, 8)

@@ -10,10 +10,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, Qwen3Config
 
-import data
-import plan
-import tiny
-from config import Config
+from support import plan
+from support.config import Config
+from tasks import data, tiny
 
 
 def qwen3(hidden, layers, heads, kv_heads, size, mlp, tied, vocabulary=151_936, context=40_960):

@@ -12,10 +12,9 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 import grpo
-import tiny
-from config import Config
 from grpo import advantages, k3, policy_loss, token_weights, update
-from logprobs import (
+from support.config import Config
+from support.logprobs import (
     LogProbModel,
     Sequence,
     check_model,
@@ -25,6 +24,7 @@ from logprobs import (
     share_out,
     token_logprobs,
 )
+from tasks import tiny
 
 VOCABULARY, PAD, EOS = 23, 0, 1
 F64 = torch.float64
@@ -1092,7 +1092,7 @@ def test_loss_and_gradient_equal_those_of_trl(tmp_path, theirs, ours, corrected)
 def test_the_policy_that_is_trained_has_no_dropout(tmp_path):
     from transformers import GPT2Config, GPT2LMHeadModel
 
-    from logprobs import without_dropout
+    from support.logprobs import without_dropout
 
     torch.manual_seed(0)
     models = [GPT2LMHeadModel(GPT2Config(vocab_size=VOCABULARY, n_embd=16, n_layer=2, n_head=2, n_positions=64))]

@@ -8,8 +8,7 @@ from types import SimpleNamespace
 import datasets
 import pytest
 
-import data
-import tiny
+from tasks import data, tiny
 
 
 def test_embedded_task_is_right_and_without_repeats():

@@ -16,18 +16,16 @@ import numpy as np
 import pytest
 import torch
 
-import benchmarks
-import data
 import eval
-import logprobs
 import reward
 import rollout
-import stats
-import tiny
-from benchmarks import BENCHMARKS, Problem
 from buffer import Group
+from support import logprobs, stats
+from support.config import ROOT
+from tasks import benchmarks, data, tiny
+from tasks.benchmarks import BENCHMARKS, Problem
 
-TINY = eval.HERE / "out" / "tiny-model"
+TINY = tiny.home()
 
 
 def exact(responses, golds):
@@ -735,7 +733,7 @@ def test_greedy_takes_one_answer(tmp_path):
 
 @pytest.mark.slow
 def test_killed_process_goes_on(tmp_path):
-    command = [sys.executable, str(eval.HERE / "eval.py"), "--samples", "8", "--batch", "32"]
+    command = [sys.executable, str(ROOT / "eval.py"), "--samples", "8", "--batch", "32"]
     environ = os.environ | {"OMP_NUM_THREADS": "1"}
     assert subprocess.run([*command, "--out", str(tmp_path / "whole")], env=environ).returncode == 0
     process = subprocess.Popen([*command, "--out", str(tmp_path / "out")], env=environ)

@@ -34,13 +34,11 @@ from typing import Literal, get_args
 
 import numpy as np
 
-import plot
-import stats
-from adaptive import Adaptive
-from config import comments_of, fail
+from lab.rules import Adaptive
 from replay import GRESO, Prioritized, PromptReplay, Uniform
+from support import plot, stats
+from support.config import OUT, comments_of, fail
 
-HERE = Path(__file__).parent
 RULES = {
     "uniform": Uniform,
     "placebo": Uniform,  # uniform sampling once more with other seeds: what a rule without effect looks like
@@ -326,7 +324,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--rules", nargs="+", choices=RULES, default=usual, metavar="RULE", help=", ".join(RULES))
     parser.add_argument("--seeds", type=int, default=16, help="matched seeds (16)")
     parser.add_argument("--first-seed", type=int, default=0, help="the first of them; rules were chosen on 0 to 11 (0)")
-    parser.add_argument("--map", nargs="?", type=Path, const=HERE / "out" / "map.png", metavar="FILE.png",
+    parser.add_argument("--map", nargs="?", type=Path, const=OUT / "map.png", metavar="FILE.png",
                         help="draw the map; its numbers go beside it (out/map.png)")  # fmt: skip
     args = vars(parser.parse_args(argv))
     rules, path, first = args.pop("rules"), args.pop("map"), args.pop("first_seed")

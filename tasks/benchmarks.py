@@ -21,9 +21,8 @@ from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 
-import data
 import reward
-import tiny
+from tasks import data, tiny
 
 
 @dataclass(frozen=True)

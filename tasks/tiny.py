@@ -26,7 +26,8 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-import data
+from support.config import OUT
+from tasks import data
 
 ALPHABET = "0123456789+-="
 STEPS = {"digits": 1600, "columns": 3000, "none": 1600}  # of its training, for each --sharing
@@ -198,8 +199,9 @@ def train(model, tokenizer, pupil, seed: int, steps: int, batch: int = 32, lr: f
     return loss.item()
 
 
-def home(folder: Path, sharing: str) -> Path:
-    return folder / ("tiny-model" if sharing == "digits" else f"tiny-model-{sharing}")
+def home(sharing: str = "digits") -> Path:
+    """The folder of the embedded model."""
+    return OUT / ("tiny-model" if sharing == "digits" else f"tiny-model-{sharing}")
 
 
 def make(out: str | Path, seed: int = 0, steps: int = 0, sharing: str = "digits") -> Path:

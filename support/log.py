@@ -13,9 +13,9 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-import ranks
 from buffer import Group
 from replay import Saved
+from support import ranks
 
 
 def append(path: Path, rows: list[dict]) -> None:

@@ -11,7 +11,11 @@ import math
 import re
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal, get_args, get_origin
+
+ROOT = Path(__file__).parent.parent  # of the project
+OUT = ROOT / "out"  # where runs, and the embedded model, are kept
 
 # name -> (the switches it sets, what it is, the settings that replace our defaults)
 METHODS = {

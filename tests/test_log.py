@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-import log
 from buffer import Group
+from support import log
 
 ROW = {
     "step": 7,

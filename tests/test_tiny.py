@@ -5,10 +5,9 @@ from collections import Counter
 
 import pytest
 
-import config
-import data
 import reward
-import tiny
+from support import config
+from tasks import data, tiny
 
 
 def rates(pupil, pairs, tries=300):
@@ -73,12 +72,11 @@ def test_sharing_belongs_to_the_embedded_task():
 
 @pytest.mark.slow  # half a minute
 def test_the_model_learns_the_habits_of_a_task_without_sharing():
-    from pathlib import Path
 
-    from logprobs import load_model
     from rollout import TransformersEngine
+    from support.logprobs import load_model
 
-    path = tiny.make(tiny.home(Path(__file__).parent / "out", "none"), sharing="none")
+    path = tiny.make(tiny.home("none"), sharing="none")
     model, tokenizer, stop_ids = load_model(str(path))
     pairs, _ = tiny.problems("none", 0)
     prompts, _ = data.encode(pairs, tokenizer, 32)

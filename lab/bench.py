@@ -24,13 +24,12 @@ import statistics
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import torch
 
-import contenders
+from lab import contenders
+from support.config import ROOT
 
-HERE = Path(__file__).parent
 REPETITIONS = 3
 
 
@@ -50,7 +49,9 @@ def per_step(marks: list[tuple[float, float]], skip: int = 4) -> dict[str, float
 
 def contender(name: str) -> dict:
     """Runs `contender_NAME` in a fresh process and returns the figures that it prints."""
-    done = subprocess.run([sys.executable, __file__, "--contender", name], capture_output=True, text=True, cwd=HERE)
+    done = subprocess.run(
+        [sys.executable, "-m", "lab.bench", "--contender", name], capture_output=True, text=True, cwd=ROOT
+    )
     if done.returncode:
         raise RuntimeError(f"{name} failed:\n{done.stderr[-2000:]}")
     return json.loads(done.stdout.splitlines()[-1])
@@ -88,8 +89,8 @@ def missing(section: str, *packages: str, gpu: bool = False) -> bool:
 def contender_step_ours(*flags: str) -> dict[str, float]:
     import tempfile
 
-    import log
     import train
+    from support import log
 
     marks = []
     lap = log.line
@@ -111,12 +112,12 @@ def contender_step_trl(**options) -> dict[str, float]:
     from transformers import TrainerCallback
     from trl import GRPOConfig, GRPOTrainer
 
-    import logprobs
     import reward
-    import tiny
+    from support import logprobs
+    from tasks import tiny
 
     torch.set_num_threads(1)
-    model, tokenizer, _ = logprobs.load_model(str(tiny.make(HERE / "out" / "tiny-model")))
+    model, tokenizer, _ = logprobs.load_model(str(tiny.make(tiny.home())))
     marks = []
 
     class Note(TrainerCallback):
@@ -209,7 +210,7 @@ LEAST_STEP_S = 512 * 3500 * 8.2e9 * 8 / 8e15  # Qwen3-8B, 512 answers of 3,500 t
 def section_replay() -> None:
     import numpy as np
 
-    from adaptive import Adaptive
+    from lab.rules import Adaptive
     from replay import GRESO, Prioritized, PromptReplay, Uniform
 
     print(f"milliseconds, and share of the {LEAST_STEP_S:.0f} s that a step of Qwen3-8B on eight GPUs takes at least")

@@ -30,12 +30,9 @@ from statistics import fmean
 import numpy as np
 from tqdm import tqdm
 
-import config
-import plot
-import stats
-import tiny
+from support import config, plot, stats
+from tasks import tiny
 
-HERE = Path(__file__).parent
 COSTS = {"rollouts": "rollouts", "tokens": "sampled tokens", "optimizer_steps": "optimiser steps", "seconds": "seconds"}
 LEVELS = (0.4, 0.5, 0.6, 0.7)
 WINDOW = 0.2  # share of a cost over whose end accuracy is averaged
@@ -203,8 +200,11 @@ def run_all(jobs: list[tuple[Path, list[str]]], at_once: int) -> None:
     for cfg in [config.parse(flags, "")[0] for _, flags in waiting]:
         config.validate(cfg)
         if not cfg.model:  # once, before two runs begin to make it
-            tiny.make(tiny.home(HERE / "out", cfg.sharing), sharing=cfg.sharing)
-    os.environ |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(HERE), os.environ.get("PYTHONPATH", "")])}
+            tiny.make(tiny.home(cfg.sharing), sharing=cfg.sharing)
+    os.environ |= {
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": os.pathsep.join([str(config.ROOT), os.environ.get("PYTHONPATH", "")]),
+    }
     processes = multiprocessing.get_context("forkserver")  # what a run imports takes as long as a short run
     processes.set_forkserver_preload(["train", "transformers.models.qwen3.modeling_qwen3", "matplotlib.pyplot"])
     with tqdm(total=len(jobs), initial=len(jobs) - len(waiting), unit="run", disable=None) as progress:
@@ -312,7 +312,7 @@ def main(argv: list[str]) -> int:
     add("--first-seed", type=int, default=0, help="the first of them (%(default)s)")
     add("--budget-rollouts", type=int, default=40_000, help="answers a run may generate (%(default)s)")
     add("--jobs", type=int, default=os.cpu_count(), help="runs side by side (%(default)s)")
-    add("--out", default=str(HERE / "out" / "compare"), help="folder of runs and results (%(default)s)")
+    add("--out", default=str(config.OUT / "compare"), help="folder of runs and results (%(default)s)")
     args = parser.parse_args(argv)
     out = Path(args.out)
     arms = {method: ["--replay", method] for method in args.methods}

@@ -3,9 +3,9 @@ import json
 import numpy as np
 import pytest
 
-import simulate
+from lab import simulate
+from lab.simulate import Policy, Setting, against, compare, make_task, reinforce, rollouts_to, run
 from replay import GRESO, Prioritized, PromptReplay, Uniform
-from simulate import Policy, Setting, against, compare, make_task, reinforce, rollouts_to, run
 
 SMALL = {"prompts": 60, "prompts_per_step": 4, "steps": 40}
 

@@ -1,349 +1,394 @@
-"""Which prompts to generate for: four samplers with one contract.
+"""Replay for GRPO: the record of a group, and one class for each paper's rule.
 
-    Uniform        plain GRPO: shuffled epochs
-    PromptReplay   2603.21177: prompts of medium pass rate come back after a while, with fresh answers
-    Prioritized    2601.02648: the whole data set ordered by p(1-p), solved and unsolved prompts retested now and then
-    GRESO          2506.02177: shuffled epochs that pass over prompts whose last groups were all right or all wrong
+A sampler decides which prompts to generate for. It knows prompts by their number, and keeps figures, never answers:
 
-A sampler knows prompts by their index and keeps a few numbers for each, never an answer:
+    Uniform          plain GRPO: shuffled epochs
+    PromptReplay     2603.21177: prompts of medium pass rate come back after a while, with fresh answers
+    Prioritized      2601.02648: the prompts of largest p(1-p) first, solved and unsolved ones retested now and then
 
-    draw(n, step) -> list[int]                          n different prompts; `epochs.replays` holds those brought back
-    observe(indices, num_correct, num_answers, step)    how the groups of these prompts turned out, dead ones included
-    state_dict(), load_state_dict(state)                everything, random generators included
-    figures() -> dict                                   for the log
+    draw(n, step) -> list[int]                          n different prompts; `replays` are those brought back
+    observe(prompts, num_correct, num_answers, step)    how their groups turned out, dead ones too, before the next draw
 
-A second draw for the same step (a refill) repeats none of the first, and gives fewer than n where fewer are left.
-Results are observed before the next draw, or later in an asynchronous trainer; a prompt whose answers are still out is
-not brought back (`epochs.settle(indices)`: they are lost). Where rewards are not 0 or 1, observe takes their `variance`
-[P] too: it is no longer p(1-p), and a group that is all one half has no gradient.
+A store decides what is trained on besides the useful groups of a step. It keeps answers, and changes none of them:
+
+    DynamicSampling  DAPO, 2503.14476: useful groups beyond a full batch lead the next one
+    GroupReplay      POPO, 2606.01281: recent useful groups, each whole, stand in for dead ones
+    RolloutReplay    2606.04560: single stored answers of large advantage are added, while they are young
+
+    complete(useful, places, step) -> list[Group]       the batch; `places`: how many groups it is meant to have
+    learn(trained)                                      the figures of the update that followed
+
+All have `figures` for the log, and `state_dict` and `load_state_dict`, random generators included. Their keyword
+arguments are the flags of the same names. Baselines, ablations and our own rules stand in lab/rules.py.
 """
 
-import copy
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 
-NEVER = np.float32(np.inf)
-NO_SPREAD = 1e-9  # variance of rewards that differ by rounding only
-IN_DOUBT, OUT = 1, 2  # IN_DOUBT: OUT when the state was saved; the answers may come yet, or died with that run
-HEAP, SOLVED, UNSOLVED = range(3)  # where Prioritized has a prompt
-KEPT = 8  # steps whose batches are remembered: an asynchronous trainer refills one after later ones were drawn
+from support.epochs import Epochs
+from support.log import reuse
+from support.select import within_reach
+from support.state import Saved, Store
 
 
-class Saved:
-    """state_dict and load_state_dict for the attributes that a class names in STATE; strict about keys and sizes."""
+@dataclass
+class Group:
+    """G answers to one prompt, with the log-probs they were sampled with, their rewards, and their time of birth.
 
-    def state_dict(self) -> dict:
-        state = {}
-        for name in self.STATE:
-            value = getattr(self, name)
-            if isinstance(value, np.ndarray):
-                value = torch.from_numpy(value.copy())
-            elif isinstance(value, np.random.Generator):
-                value = value.bit_generator.state
-            elif hasattr(value, "state_dict"):
-                value = value.state_dict()
-            state[name] = copy.deepcopy(value) if isinstance(value, list) else value
-        return state
+    A group is dead when all its rewards are equal: its advantages are zero, and it teaches nothing.
+    """
 
-    def load_state_dict(self, state: dict) -> None:
-        if set(state) != set(self.STATE):
-            wrong = sorted(set(state) ^ set(self.STATE))
-            raise KeyError(f"state of {type(self).__name__} has keys too many or too few: {', '.join(wrong)}")
-        for name, value in state.items():
-            now = getattr(self, name)
-            if isinstance(now, np.ndarray):
-                if len(value) != len(now):
-                    raise ValueError(f"state of {type(self).__name__} is of {len(value)} prompts, not {len(now)}")
-                now[:] = value.numpy()
-            elif isinstance(now, np.random.Generator):
-                now.bit_generator.state = value
-            elif hasattr(now, "load_state_dict"):
-                now.load_state_dict(value)
-            else:
-                setattr(self, name, copy.deepcopy(value))
-
-
-def smallest(count: int, among: np.ndarray, key: np.ndarray, tie: np.ndarray) -> list[int]:
-    """The `count` prompts of those masked by `among` that have the smallest keys, in ascending order, equal keys by
-    `tie` (all different). A few comparisons of flat arrays; a heap would be full of entries gone stale."""
-    if count <= 0:
-        return []
-
-    def bound(mask, values):  # the count-th smallest value of a sample: that of the whole is no larger
-        sample = values[::64][mask[::64]]
-        return np.partition(sample, count - 1)[count - 1] if len(sample) >= count else np.inf
-
-    most = bound(among, key)
-    level = among & (key == most)
-    level &= tie <= bound(level, tie)
-    x = np.flatnonzero(level | (among & (key < most)))
-    return x[np.lexsort((tie[x], key[x]))][:count].tolist()
-
-
-class Epochs(Saved):
-    """What all samplers share: the shuffled order over the data set, and which prompts are in which step's batch."""
-
-    STATE = ("rng", "order", "position", "seen", "out", "batches")
-
-    def __init__(self, num_prompts: int, seed: int):
-        self.rng = np.random.default_rng(seed)
-        self.order = self.rng.permutation(num_prompts).astype(np.int32)
-        self.position = 0  # how far this epoch has come
-        self.seen = np.zeros(num_prompts, bool)  # ever drawn
-        self.out = np.zeros(num_prompts, np.int8)  # OUT: drawn, and the answers are not in yet
-        self.batches: list[dict] = []  # of the last few steps, the one last asked for at the end
-        self.chosen: dict[int, bool] = {}  # that batch: prompt, and whether the sampler brought it back
+    prompt: int  # the number of the prompt in the data set
+    tokens: list[torch.Tensor]  # G answers, int32 [T_g]; the end-of-text token is inside
+    logprobs: list[torch.Tensor]  # G times float32 [T_g]: log mu, of the policy and temperature that sampled them
+    truncated: list[bool]  # G; True: cut at the length limit, without end of text
+    birth: int  # the step whose policy generated it
+    rewards: torch.Tensor | None = None  # [G]
+    advantages: torch.Tensor | None = None  # [G], as they were at birth
+    uses: int = 0  # how often it has been trained on again
 
     @property
-    def replays(self) -> set[int]:
-        return {x for x, back in self.chosen.items() if back}
+    def dead(self) -> bool:
+        return bool((self.rewards == self.rewards[0]).all())
 
-    def begin(self, n: int, step: int) -> int:
-        """Opens the batch of `step`, or takes it up again for a refill; how many of `n` prompts it has room for."""
-        known = [batch for batch in self.batches if batch["step"] == step]
-        if not known and not 0 < n <= len(self.order):
-            raise ValueError(f"{n} different prompts a step are asked for; there are {len(self.order)}")
-        batch = known[0] if known else {"step": int(step), "asked": int(n), "chosen": {}}
-        others = sorted((other for other in self.batches if other is not batch), key=lambda other: other["step"])
-        self.batches = [*others, batch][-KEPT:]
-        self.chosen = batch["chosen"]
-        return min(n, len(self.order) - len(self.chosen))
+    @property
+    def num_correct(self) -> float:
+        """Right answers: the sum of rewards. A dead group whose rewards are neither 0 nor 1 counts as all wrong."""
+        if self.dead and self.rewards[0] < 1:
+            return 0.0
+        return float(self.rewards.double().sum())
 
-    def take(self, x: int, replay: bool = False) -> int:
-        self.chosen[x] = bool(replay)
-        self.seen[x], self.out[x] = True, self.out[x] or OUT
-        return x
-
-    def next(self) -> int:
-        """The next prompt of the epoch that is not in this step's batch yet. One that is passed over keeps its turn
-        (but for the last of an epoch), so that replay costs no fresh prompt its visit."""
-        while True:
-            for ahead in range(self.position, len(self.order)):
-                x = int(self.order[ahead])
-                if x not in self.chosen:
-                    self.order[self.position + 1 : ahead + 1] = self.order[self.position : ahead]
-                    self.order[self.position] = x
-                    self.position += 1
-                    return x
-            self.order[:] = self.rng.permutation(len(self.order))
-            self.position = 0
-
-    def free(self, least: int = 0) -> np.ndarray:
-        """Which prompts are neither out nor in this step's batch; if they are too few, those IN_DOUBT as well."""
-        for most in (0, IN_DOUBT):
-            free = self.out <= most
-            free[list(self.chosen)] = False
-            if np.count_nonzero(free) >= least:
-                break
-        return free
-
-    def settle(self, indices) -> np.ndarray:
-        """Answers to these prompts are in, or known to be lost. So are those IN_DOUBT, if these were drawn later."""
-        x = np.asarray(indices, np.int64)
-        if len(x) and (self.out[x] == OUT).all():
-            self.out[self.out == IN_DOUBT] = 0
-        self.out[x] = 0
-        return x
-
-    def load_state_dict(self, state: dict) -> None:
-        super().load_state_dict(state)
-        self.out[self.out == OUT] = IN_DOUBT
-        self.chosen = self.batches[-1]["chosen"] if self.batches else {}
+    def pick(self, i: int) -> "Group":
+        """Answer `i` alone, with the advantage that it had in its group."""
+        names = ("tokens", "logprobs", "truncated", "rewards", "advantages")
+        one = {name: getattr(self, name)[i : i + 1] for name in names}
+        return replace(self, **one, uses=0)
 
 
-class Uniform(Saved):
-    """Plain GRPO: shuffled epochs over all prompts."""
+# ---------------------------------------------------------------- which prompts to generate for
 
-    STATE = ("epochs",)
 
-    def __init__(self, num_prompts: int, seed: int = 0):
-        self.epochs = Epochs(num_prompts, seed)
+class Uniform(Epochs):
+    """Plain GRPO: every prompt once an epoch, in an order that is shuffled anew. The other samplers build on it."""
+
+    DECIDES = "prompts"  # which prompts to generate for
 
     def draw(self, n: int, step: int) -> list[int]:
-        return [self.epochs.take(self.epochs.next()) for _ in range(self.epochs.begin(n, step))]
+        return self.take_fresh(self.begin(n, step))
 
-    def observe(self, indices, num_correct, num_answers, step, variance=None) -> None:
-        self.epochs.settle(indices)
-
-    def figures(self) -> dict:
-        return {}
+    def observe(self, prompts: list[int], num_correct: list[float], num_answers, step: int) -> None:
+        """num_correct: right answers to each of `prompts`. num_answers: G, or one number for each prompt."""
 
 
-class PromptReplay(Saved):
-    """Prompt Replay (2603.21177): prompts whose latest pass rate is in `band` come back with fresh answers, nearest one
-    half first, then the harder, the less reused, the smaller index; at most floor(share * n) a step, after `cooldown`
-    steps, `max_reuse` times. All else in a batch comes from the shuffled epochs, which replay does not advance."""
+class PromptReplay(Uniform):
+    """Prompt Replay (2603.21177). Prompts of medium pass rate come back, with fresh answers:
 
-    STATE = ("epochs", "correct", "total", "last", "uses")
+    1. Up to floor(share * P) prompts of a batch may be prompts whose latest pass rate lies in `band`, ends included,
+    2. which were last used `cooldown` steps ago or more, and have come back fewer than `max_reuse` times.
+    3. The nearest to one half come first; of equally near ones the harder, then the less reused, then the smaller number.
+    4. All other places go to the next prompts of the epoch.
+
+    Why one half: the expected squared gradient of a prompt goes with p(1-p), which is largest there.
+    """
+
+    STATE = (*Uniform.STATE, "rate", "last", "uses")
 
     def __init__(self, num_prompts: int, seed: int = 0, band=(0.25, 0.75), share=0.75, cooldown=10, max_reuse=15):
-        low, high = band
-        if not 0 <= low <= high <= 1:
-            raise ValueError(f"the band must be two pass rates with 0 <= low <= high <= 1, got {low} {high}")
+        if not 0 <= band[0] <= band[1] <= 1:
+            raise ValueError(f"the band must be two pass rates with 0 <= low <= high <= 1, got {band[0]} {band[1]}")
         if not 0 <= share <= 1 or cooldown < 0 or max_reuse < 0:
             raise ValueError(f"need share in [0, 1], cooldown and max reuse >= 0: {share}, {cooldown}, {max_reuse}")
-        self.band, self.share, self.cooldown, self.max_reuse = (low, high), share, cooldown, max_reuse
-        self.epochs = Epochs(num_prompts, seed)
-        self.correct = np.zeros(num_prompts)  # of the latest group
-        self.total = np.zeros(num_prompts, np.int32)  # 0: never observed
-        self.last = np.full(num_prompts, -(10**9), np.int32)  # the step of the latest use
-        self.uses = np.zeros(num_prompts, np.int32)  # times it was replayed
-        self.distance = np.full(num_prompts, NEVER)  # of the pass rate to one half; NEVER: it may not come back
-        self.tie = np.arange(num_prompts)  # the order among equal distances; both are derived from the counts
-
-    def _rank(self, x: np.ndarray) -> None:
-        correct, total, uses = self.correct[x], self.total[x].clip(1), self.uses[x]
-        rate = correct / total
-        inside = (self.total[x] > 0) & (self.band[0] <= rate) & (rate <= self.band[1]) & (uses < self.max_reuse)
-        # |2k - G| is an exact integer: 3/8 and 5/8 must tie, and |3/8 - .5| would not be safe for every G
-        self.distance[x] = np.where(inside, np.abs(2 * correct - total) / (2 * total), NEVER)
-        self.tie[x] = (2 * correct > total).astype(np.int64) << 56 | uses.astype(np.int64) << 32 | x  # harder first
+        super().__init__(num_prompts, seed)
+        self.band = band
+        self.share = share
+        self.cooldown = cooldown
+        self.max_reuse = max_reuse
+        self.rate = np.full(num_prompts, np.nan)  # pass rate of the latest group; nan: none yet
+        self.last = np.full(num_prompts, -np.inf)  # step of the latest use
+        self.uses = np.zeros(num_prompts, int)  # how often it came back
 
     def draw(self, n: int, step: int) -> list[int]:
-        n = self.epochs.begin(n, step)
-        asked = self.epochs.batches[-1]["asked"]
-        budget = int(self.share * asked + 1e-9) - len(self.epochs.replays)  # 0.29 * 100 is 28.999...
-        ready = self.epochs.free() & (self.last <= step - self.cooldown) & (self.distance < NEVER)
-        replays = smallest(min(budget, n), ready, self.distance, self.tie)
-        self.uses[replays] += 1  # when issued, not when the answers arrive
-        self._rank(np.array(replays, np.int64))
-        chosen = [self.epochs.take(x, replay=True) for x in replays]
-        chosen += [self.epochs.take(self.epochs.next()) for _ in range(n - len(chosen))]
-        self.last[chosen] = np.maximum(self.last[chosen], step)  # from the draw on, not only when the answers are in
+        room = self.begin(n, step)
+        # The budget is the step's: a refill does not renew it. 1e-9: 0.29 * 100 is 28.999...
+        budget = int(self.share * self.size + 1e-9) - len(self.replays)
+        back = self.candidates(step)[: max(min(budget, room), 0)]
+        self.uses[back] += 1
+        chosen = self.take(back, replayed=True) + self.take_fresh(room - len(back))
+        self.last[chosen] = step
         return chosen
 
-    def observe(self, indices, num_correct, num_answers, step, variance=None) -> None:
-        x = self.epochs.settle(indices)
-        self.correct[x], self.total[x] = num_correct, num_answers
-        if variance is not None:
-            self.total[x[np.asarray(variance) < NO_SPREAD]] = 0
-        self.last[x] = np.maximum(self.last[x], step)
-        self._rank(x)
+    def candidates(self, step: int) -> np.ndarray:
+        """The prompts that may come back at `step`, best first; of more than a batch, as many as can matter."""
+        ready = self.in_band() & (self.last <= step - self.cooldown)
+        ready[list(self.batch)] = False
+        x = np.flatnonzero(ready)
+        # Rounded, so that 3/10 and 7/10 are equally near.
+        distance = np.abs(self.rate - 0.5).round(9)
+        x = within_reach(x, distance, self.size)
+        return x[np.lexsort((self.uses[x], self.rate[x], distance[x]))]  # the last key counts most
 
-    def load_state_dict(self, state: dict) -> None:
-        super().load_state_dict(state)
-        self._rank(np.arange(len(self.total)))
+    def in_band(self) -> np.ndarray:
+        low, high = self.band
+        return (low <= self.rate) & (self.rate <= high) & (self.uses < self.max_reuse)
+
+    def observe(self, prompts: list[int], num_correct: list[float], num_answers, step: int) -> None:
+        self.rate[prompts] = np.array(num_correct) / num_answers
+        self.last[prompts] = step
 
     def figures(self) -> dict:
         uses = np.bincount(self.uses[self.uses > 0], minlength=1).tolist()
-        return {"buffer": int((self.distance < NEVER).sum()), "prompt_uses": uses}
+        return super().figures() | {"buffer": int(self.in_band().sum()), "prompt_uses": uses}
 
 
-class Prioritized(Saved):
-    """Prioritized Replay (2601.02648): the prompts of largest p(1-p) first, p smoothed; all-right and all-wrong ones
-    wait in two pools and are retested, longest-untested first, every `retest_every` steps (a quarter of the batch from
-    the solved, the rest from the unsolved: the paper's 1 and 3 of 4); now and then a whole batch is drawn at random."""
+class Prioritized(Uniform):
+    """Prioritized Replay (2601.02648). The whole data set in order of p(1-p), with retests:
 
-    STATE = ("epochs", "rng", "rate", "excess", "priority", "key", "place", "visits", "flips", "tie")
+    1. A prompt has a smoothed pass rate p: smoothing * newest + (1 - smoothing) * before; the first group sets it.
+    2. A batch is the prompts of largest p(1-p); one never seen counts as `initial_priority`. Equal ones: p >= 1/2 first.
+    3. A prompt whose latest group is all right or all wrong waits in a pool, the solved or the unsolved one.
+    4. Every `retest_every` steps a batch is made of the pools, longest untested first: `retest_solved` of it from the
+       solved ones (the paper's 1 of 4), the rest from the unsolved; a mixed group brings a prompt back.
+    5. With chance `explore` a whole batch is drawn at random.
 
-    def __init__(self, num_prompts: int, seed: int = 0, smoothing=0.8, initial_priority=0.2, explore=0.125,
-                 retest_every=10, retest_solved=0.25, tie_bias=1e-4):  # fmt: skip
-        if not 0 < smoothing <= 1 or not 0 <= explore <= 1 or not 0 <= retest_solved <= 1 or retest_every < 0:
-            raise ValueError("need 0 < smoothing <= 1, explore and retest-solved in [0, 1], and retest-every >= 0")
-        self.smoothing, self.explore, self.tie_bias = smoothing, explore, tie_bias
-        self.retest_every, self.retest_solved = retest_every, retest_solved  # 0: no retests
-        self.epochs = Epochs(num_prompts, seed)  # its order is a random tie-break, fixed for good; never walked
-        self.rng = np.random.default_rng([seed, 1])
-        self.rate = np.zeros(num_prompts)  # smoothed pass rate
-        self.excess = np.zeros(num_prompts)  # smoothed variance minus p(1-p): 0 but for rewards between 0 and 1
-        self.priority = np.full(num_prompts, min(initial_priority, 1e9))  # infinity: all are seen once before a return
-        self.key = -self.priority  # smallest first; in the pools it is the step of the latest result
-        self.place = np.full(num_prompts, HEAP, np.int8)  # where it is, or will be back when its answers are lost
-        self.visits = np.zeros(num_prompts, np.int32)
-        self.flips = np.zeros(2, np.int64)  # left the solved pool, left the unsolved pool
-        self.tie = np.argsort(self.epochs.order)
-
-    def draw(self, n: int, step: int) -> list[int]:
-        n = self.epochs.begin(n, step)
-        free = self.epochs.free(n)
-        n = min(n, np.count_nonzero(free))
-        chosen: list[int] = []
-        places = [(HEAP, n), (UNSOLVED, n), (SOLVED, n)]
-        if self.retest_every and step % self.retest_every == 0:
-            # in whole prompts over all retests so far, so that even batches of one get to both pools
-            due, after = (int(self.retest_solved * n * (step // self.retest_every + i)) for i in (0, 1))
-            if not self.epochs.chosen:
-                places = [(SOLVED, after - due), (UNSOLVED, n - after + due), *places]
-        elif self.rng.random() < self.explore:
-            chosen = self.rng.choice(np.flatnonzero(free), n, replace=False).tolist()
-        for place, most in places:
-            if count := min(most, n - len(chosen)):
-                found = smallest(count, free & (self.place == place), self.key, self.tie)
-                free[found] = False
-                chosen += found
-        return [self.epochs.take(x, replay=self.visits[x] > 0) for x in chosen]
-
-    def observe(self, indices, num_correct, num_answers, step, variance=None) -> None:
-        x = self.epochs.settle(indices)
-        mean = np.asarray(num_correct) / np.asarray(num_answers)
-        dead = (mean <= 0) | (mean >= 1) if variance is None else np.asarray(variance) < NO_SPREAD
-        alpha = np.where(self.visits[x] > 0, self.smoothing, 1.0)  # the first visit overwrites the guess
-        rate = self.rate[x] = alpha * mean + (1 - alpha) * self.rate[x]
-        excess = 0 * mean if variance is None else np.asarray(variance) - mean * (1 - mean)
-        excess[np.abs(excess) < NO_SPREAD] = 0  # rounding must not part equal priorities
-        self.excess[x] = alpha * excess + (1 - alpha) * self.excess[x]
-        self.priority[x] = rate * (1 - rate) + self.excess[x] + self.tie_bias * (rate >= 0.5)  # 5 of 8 before 3 of 8
-        # the pools follow the latest group, not the smoothed rate: one mixed group brings a prompt back
-        place = np.where(dead, np.where(mean >= 1, SOLVED, UNSOLVED), HEAP)
-        for i, pool in enumerate((SOLVED, UNSOLVED)):
-            self.flips[i] += ((self.place[x] == pool) & (place != pool)).sum()
-        self.place[x], self.key[x] = place, np.where(dead, step, -self.priority[x])
-        self.visits[x] += 1
-
-    def figures(self) -> dict:
-        seen, out = self.visits > 0, self.epochs.out > 0
-        heap, solved, unsolved = np.bincount(self.place[~out], minlength=3).tolist()
-        rate = self.rate[seen] if seen.any() else np.zeros(1)
-        return {
-            "heap": heap, "solved_pool": solved, "unsolved_pool": unsolved, "out": int(out.sum()),
-            "flips_solved": int(self.flips[0]), "flips_unsolved": int(self.flips[1]),
-            "rate_mean": float(rate.mean()), "rate_spread": float(rate.std()),
-            "priority_mean": float(self.priority[seen].mean()) if seen.any() else 0.0,
-            "prompt_uses": np.bincount(self.visits[seen] - 1, minlength=1).tolist(),
-        }  # fmt: skip
-
-
-class GRESO(Saved):
-    """GRESO (2506.02177), a baseline: walk the epochs, but pass over a prompt with probability 1 - max(p^z, floor), z
-    its latest zero-variance groups in a row. p is kept apart for all-right and all-wrong prompts, and moves by `pace`
-    towards the target share of such groups (a third easy, two thirds hard).
+    What the paper leaves open: equal priorities go by a random order fixed at the start, and where one source runs short the
+    others fill the batch. Epochs are never walked.
     """
 
-    STATE = ("epochs", "rng", "dead", "chance", "skipped")
+    STATE = (*Uniform.STATE, "explore_rng", "rate", "priority", "place", "tested", "visits", "flips")
+    HEAP, SOLVED, UNSOLVED = range(3)  # where a prompt is
+    TIE_BIAS = 1e-4  # head start of p >= 1/2: of 3/8 and 5/8 the one that is nearly learnt goes first
 
-    def __init__(self, num_prompts: int, seed: int = 0, target=0.25, floor=0.01, pace=0.01, start=0.5):
-        if not 0 <= target <= 1 or not 0 < floor <= 1:
-            raise ValueError(f"need 0 <= target <= 1 and 0 < floor <= 1, got {target} and {floor}")
-        self.targets, self.floor, self.pace = (target / 3, target * 2 / 3), floor, pace
-        self.epochs = Epochs(num_prompts, seed)
-        self.rng = np.random.default_rng([seed, 1])
-        self.dead = np.zeros(num_prompts, np.int32)  # zero-variance groups in a row: +z all right, -z all wrong
-        self.chance = np.array([start, start])  # p of easy and of hard prompts
-        self.skipped = 0
+    def __init__(
+        self,
+        num_prompts,
+        seed=0,
+        smoothing=0.8,
+        initial_priority=0.2,
+        explore=0.125,
+        retest_every=10,
+        retest_solved=0.25,
+    ):
+        if not 0 < smoothing <= 1 or not 0 <= explore <= 1 or not 0 <= retest_solved <= 1 or retest_every < 0:
+            raise ValueError("need 0 < smoothing <= 1, explore and retest-solved in [0, 1], and retest-every >= 0")
+        super().__init__(num_prompts, seed)
+        self.smoothing = smoothing
+        self.explore = explore
+        self.retest_every = retest_every  # 0: no retests
+        self.retest_solved = retest_solved
+        self.explore_rng = np.random.default_rng([seed, 1])
+        self.rate = np.zeros(num_prompts)  # p, smoothed
+        self.priority = np.full(num_prompts, float(initial_priority))  # inf: all are seen once before one returns
+        self.place = np.full(num_prompts, self.HEAP)
+        self.tested = np.zeros(num_prompts)  # step of the latest group
+        self.visits = np.zeros(num_prompts, int)
+        self.flips = np.zeros(2, int)  # prompts that left the solved pool, and the unsolved one
 
     def draw(self, n: int, step: int) -> list[int]:
-        n = self.epochs.begin(n, step)
+        room = self.begin(n, step)
+        retest = self.retest_every > 0 and step % self.retest_every == 0
         chosen: list[int] = []
-        while len(chosen) < n:
-            x = self.epochs.next()
-            z = int(self.dead[x])
-            if z and self.rng.random() >= max(self.chance[int(z < 0)] ** abs(z), self.floor):
-                self.skipped += 1
-            else:
-                chosen.append(self.epochs.take(x))
+        if retest and not self.batch:
+            solved = int(self.retest_solved * room + 0.5)
+            chosen += self.first(self.SOLVED, self.tested, solved)
+            chosen += self.first(self.UNSOLVED, self.tested, room - solved)
+        elif not retest and self.explore_rng.random() < self.explore:
+            free = np.ones(len(self.rate), bool)
+            free[list(self.batch)] = False
+            chosen += self.put(self.explore_rng.choice(np.flatnonzero(free), room, replace=False))
+        chosen += self.first(self.HEAP, -self.priority, room - len(chosen))
+        chosen += self.first(self.UNSOLVED, self.tested, room - len(chosen))
+        chosen += self.first(self.SOLVED, self.tested, room - len(chosen))
         return chosen
 
-    def observe(self, indices, num_correct, num_answers, step, variance=None) -> None:
-        if not len(x := self.epochs.settle(indices)):
-            return
-        mean = np.asarray(num_correct) / np.asarray(num_answers)
-        dead = (mean <= 0) | (mean >= 1) if variance is None else np.asarray(variance) < NO_SPREAD
-        sign = np.where(dead, np.where(mean >= 1, 1, -1), 0)  # all right, all wrong, or of use
-        self.dead[x] = sign * (np.abs(self.dead[x]) + 1)
-        for i, share in enumerate(((sign > 0).mean(), (sign < 0).mean())):
-            change = -self.pace if share >= self.targets[i] else self.pace
-            self.chance[i] = np.clip(self.chance[i] + change, 0.05, 0.95)
+    def first(self, place: int, key: np.ndarray, n: int) -> list[int]:
+        """Puts the n prompts at `place` that have the smallest `key` into the batch (all, where there are fewer)."""
+        if n == 0:
+            return []
+        ready = self.place == place
+        ready[list(self.batch)] = False
+        x = self.order[ready[self.order]]  # in the order that decides between equal ones
+        x = within_reach(x, key, n)
+        return self.put(x[np.argsort(key[x], kind="stable")][:n])
+
+    def put(self, prompts) -> list[int]:
+        for x in prompts:
+            self.take([x], replayed=bool(self.visits[x]))
+        return [int(x) for x in prompts]
+
+    def observe(self, prompts: list[int], num_correct: list[float], num_answers, step: int) -> None:
+        for x, newest in zip(prompts, np.array(num_correct) / num_answers, strict=True):
+            weight = self.smoothing if self.visits[x] else 1.0
+            p = weight * newest + (1 - weight) * self.rate[x]
+            place = self.HEAP
+            if newest >= 1:
+                place = self.SOLVED
+            elif newest <= 0:
+                place = self.UNSOLVED
+            if self.place[x] not in (self.HEAP, place):
+                self.flips[self.place[x] - 1] += 1
+            self.rate[x] = p
+            self.priority[x] = p * (1 - p) + self.TIE_BIAS * (p >= 0.5)
+            self.place[x] = place
+            self.tested[x] = step
+            self.visits[x] += 1
 
     def figures(self) -> dict:
-        return {"p_easy": float(self.chance[0]), "p_hard": float(self.chance[1]), "skipped": self.skipped}
+        seen = self.visits > 0
+        counts = np.bincount(self.place, minlength=3)
+        rate = self.rate[seen] if seen.any() else np.zeros(1)
+        priority = self.priority[seen] if seen.any() else np.zeros(1)
+        return super().figures() | {
+            "heap": int(counts[self.HEAP]),
+            "solved_pool": int(counts[self.SOLVED]),
+            "unsolved_pool": int(counts[self.UNSOLVED]),
+            "flips_solved": int(self.flips[0]),
+            "flips_unsolved": int(self.flips[1]),
+            "rate_mean": float(rate.mean()),
+            "rate_spread": float(rate.std()),
+            "priority_mean": float(priority.mean()),
+            "prompt_uses": np.bincount(self.visits[seen] - 1, minlength=1).tolist(),
+        }
+
+
+# ---------------------------------------------------------------- what a step trains on besides its useful groups
+
+
+class ReplayStore(Saved):
+    """What the stores share: groups in `stored`, oldest first, and those that the latest batch drew from it."""
+
+    STATE = ("stored",)
+
+    def __init__(self, capacity: int | None = None):
+        self.stored = Store(Group, capacity)
+        self.drawn: list[Group] = []
+
+    def attach(self, run) -> None:
+        """The run that begins (train.Run), for a rule that needs more of it. The papers' rules do not."""
+
+    def learn(self, trained: dict) -> None:
+        """The figures of the update that followed. The papers' rules take no notice."""
+
+
+class DynamicSampling(ReplayStore):
+    """DAPO (2503.14476), a baseline. The loop generates again until the batch is full; useful groups that are
+    left over lead the next batch."""
+
+    DECIDES = "places"  # what fills the places of dead groups
+
+    def complete(self, useful: list[Group], places: int, step: int) -> list[Group]:
+        ready = [*self.stored, *useful]
+        self.stored.clear()
+        self.stored.extend(ready[places:])
+        return ready[:places]
+
+    def figures(self, step: int) -> dict:
+        return {"carried": len(self.stored)}
+
+
+class GroupReplay(ReplayStore):
+    """POPO (2606.01281). Whole groups stand in for dead ones:
+
+    1. The places of dead groups go to the stored useful groups, newest first, each of them whole.
+    2. Then this step's useful groups are stored; beyond `group_capacity` groups the oldest go first.
+
+    What makes this right is the objective: importance weights pi_old / mu, and one clip around pi_old for fresh and stored
+    tokens alike (grpo.policy_loss). Groups of one step are stored in random order, so that luck of place decides nothing.
+    """
+
+    DECIDES = "places"
+    STATE = (*ReplayStore.STATE, "rng")
+
+    def __init__(self, seed: int = 0, group_capacity: int = 0, prompts_per_step: int = 32):
+        if group_capacity < 0:
+            raise ValueError(f"--group-capacity must be at least 0, got {group_capacity}")
+        super().__init__(group_capacity or 2 * prompts_per_step)
+        self.rng = np.random.default_rng([seed, 2])
+        self.replaced = 0.0  # share of the latest batch's places that went to stored groups
+
+    def complete(self, useful: list[Group], places: int, step: int) -> list[Group]:
+        self.drawn = self.choose(max(places - len(useful), 0))
+        for group in self.drawn:
+            group.uses += 1
+        self.replaced = len(self.drawn) / places
+        # After the draw, so that no group stands in for itself.
+        self.stored.extend(useful[i] for i in self.rng.permutation(len(useful)))
+        return useful + self.drawn
+
+    def choose(self, dead: int) -> list[Group]:
+        """The groups that take the places of `dead` dead ones."""
+        return list(reversed(self.stored))[:dead]
+
+    def figures(self, step: int) -> dict:
+        return {"stored_groups": len(self.stored), "replaced": self.replaced} | reuse("group", self.drawn, step)
+
+
+class RolloutReplay(ReplayStore):
+    """Rollout-level replay (2606.04560). Single answers are trained on again, while they are young:
+
+    1. After `replay_warmup` steps, round(replay_ratio * B) stored answers join the B useful fresh ones,
+    2. drawn without replacement with chances that go with (|A| + 1e-6)^priority_exponent: rare outcomes have large advantages;
+    3. an answer leaves when it is older than `max_age` steps; beyond `rollout_capacity` the oldest go first.
+    4. Tokens, log-probs and advantage stay as they were at birth; the clip is around the birth policy (--proximal birth).
+
+    With `mask_truncated`, answers cut at the length limit are not trained on, so they are neither stored nor counted.
+    """
+
+    DECIDES = "extra"  # what is added to the batch
+    STATE = (*ReplayStore.STATE, "rng")
+
+    def __init__(
+        self,
+        seed: int = 0,
+        replay_ratio=0.5,
+        priority_exponent=0.5,
+        max_age=10,
+        replay_warmup=20,
+        rollout_capacity=30_000,
+        mask_truncated=False,
+    ):
+        if replay_ratio < 0 or priority_exponent < 0 or max_age < 1 or replay_warmup < 0 or rollout_capacity < 1:
+            raise ValueError("need ratio, exponent and warm-up >= 0, and max age and capacity >= 1")
+        super().__init__(rollout_capacity)
+        self.rng = np.random.default_rng([seed, 3])
+        self.replay_ratio = replay_ratio
+        self.priority_exponent = priority_exponent
+        self.max_age = max_age
+        self.replay_warmup = replay_warmup
+        self.mask_truncated = mask_truncated
+
+    def complete(self, useful: list[Group], places: int, step: int) -> list[Group]:
+        young = [answer for answer in self.stored if step - answer.birth <= self.max_age]
+        fresh = self.answers_of(useful)
+        count = 0
+        if step > self.replay_warmup:
+            count = min(round(self.replay_ratio * len(fresh)), len(young))
+        self.drawn = []
+        if count:
+            size = np.array([abs(float(answer.advantages[0])) for answer in young])
+            chance = (size + 1e-6) ** self.priority_exponent
+            found = self.rng.choice(len(young), count, replace=False, p=chance / chance.sum())
+            self.drawn = [young[i] for i in found]
+        for answer in self.drawn:
+            answer.uses += 1
+        # After the draw, so that nothing is replayed in the step of its birth.
+        self.stored.clear()
+        self.stored.extend(young + fresh)
+        return useful + self.drawn
+
+    def answers_of(self, groups: list[Group]) -> list[Group]:
+        """The fresh answers of `groups`, one by one. Groups that POPO has brought back are here already."""
+        answers = []
+        for group in groups:
+            for i, truncated in enumerate(group.truncated):
+                if not group.uses and not (truncated and self.mask_truncated):
+                    answers.append(group.pick(i))
+        return answers
+
+    def figures(self, step: int) -> dict:
+        figures = {"stored_rollouts": len(self.stored)} | reuse("rollout", self.drawn, step)
+        if self.drawn:
+            positive = sum(float(answer.advantages[0]) > 0 for answer in self.drawn)
+            figures["replayed_positive"] = positive / len(self.drawn)
+        return figures

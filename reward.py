@@ -172,6 +172,17 @@ def counts() -> dict[str, int]:
         return {f"reward_{name}": _counts.pop(name, 0) for name in names}
 
 
+def of_groups(groups: list, golds: list, tokenizer, function: Callable) -> list[list[float]]:
+    """The rewards by `function` of all answers of each of `groups`; golds: one for each group."""
+    texts = []
+    wanted = []
+    for group, gold in zip(groups, golds, strict=True):
+        texts += [tokenizer.decode(tokens, skip_special_tokens=True) for tokens in group.tokens]
+        wanted += [gold] * len(group.tokens)
+    rewards = iter(function(texts, wanted) if texts else [])
+    return [[next(rewards) for _ in group.tokens] for group in groups]
+
+
 # ---- other rewards
 
 

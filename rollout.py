@@ -20,9 +20,12 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from buffer import Group
+from grpo import Answer as Sequence
+from grpo import Policy as LogProbModel
+from grpo import autocast
+from replay import Group
 from support import ranks
-from support.logprobs import LogProbModel, Sequence, autocast, load_model
+from support.model import load_model
 from tasks.data import Prompt
 
 
@@ -161,25 +164,25 @@ class VLLMEngine:
     def __init__(self, model, path: str, stop_ids, cfg):
         cuda = torch.cuda.is_available()
         self.temperature, self.max_tokens, self.dtype = cfg.temperature, cfg.max_tokens, getattr(torch, cfg.dtype)
-        self.sleeps, self.asleep = cuda and not cfg.keep_resident, False  # vLLM on a CPU does not know how to
+        self.sleeps, self.asleep = cuda and not False, False  # vLLM on a CPU does not know how to
         os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_NO_USAGE_STATS": "1"}  # before the import
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
         os.environ.setdefault("TORCHDYNAMO_DISABLE", "0" if cuda else "1")  # on a CPU it needs a C++ compiler
-        self.peers = dist.new_subgroups(cfg.tensor_parallel)[0] if cfg.tensor_parallel > 1 else None
-        parallel = {"tensor_parallel_size": cfg.tensor_parallel, "distributed_executor_backend": "external_launcher"}
+        self.peers = dist.new_subgroups(1)[0] if 1 > 1 else None
+        parallel = {"tensor_parallel_size": 1, "distributed_executor_backend": "external_launcher"}
         with trainer_untouched():
             import vllm
 
             self.llm = vllm.LLM(
                 model=path, dtype=cfg.dtype, gpu_memory_utilization=cfg.gpu_memory, max_num_seqs=cfg.rollout_batch,
-                kv_cache_memory_bytes=int(cfg.kv_cache_gb * 2**30) or (None if cuda else 2**28),
+                kv_cache_memory_bytes= (None if cuda else 2**28),
                 max_model_len=cfg.max_prompt_tokens + cfg.max_tokens,
                 load_format="auto" if model is None else "dummy",  # a weight that no push reaches is missed at once
                 skip_tokenizer_init=True,  # token ids in and out
                 enable_prefix_caching=True,  # the answers of a group share its prompt
                 enable_chunked_prefill=cuda,  # on a CPU a seeded prompt cannot be split
                 logprobs_mode="processed_logprobs",  # of the distribution sampled from, at its temperature
-                enable_sleep_mode=self.sleeps, enforce_eager=cfg.enforce_eager or not cuda, use_tqdm_on_load=False,
+                enable_sleep_mode=self.sleeps, enforce_eager= not cuda, use_tqdm_on_load=False,
                 **(parallel if ranks.world() > 1 else {}),
             )  # fmt: skip
         self.sampling = {"logprobs": 0, "flat_logprobs": True, "detokenize": False}  # 0: of the sampled token alone
@@ -305,8 +308,8 @@ def make_engine(kind: str, model, model_path: str, stop_ids, cfg) -> Transformer
         why = "no CUDA GPU here" if not gpu else "CUDA GPU and vLLM are here" if installed else "vLLM is not installed"
     if kind == "vllm" and not installed:
         raise ValueError("vLLM is not installed: pip install -r requirements.txt, or use --engine transformers")
-    if kind == "vllm" and ranks.world() % cfg.tensor_parallel:
-        raise ValueError(f"--tensor-parallel {cfg.tensor_parallel} needs a multiple of so many ranks: see torchrun")
+    if kind == "vllm" and ranks.world() % 1:
+        raise ValueError(f"--tensor-parallel {1} needs a multiple of so many ranks: see torchrun")
     config = (AutoConfig.from_pretrained(model_path) if model is None else model.config).get_text_config()
     context, wanted = getattr(config, "max_position_embeddings", None), cfg.max_prompt_tokens + cfg.max_tokens
     if context and wanted > context:

@@ -1,205 +1,279 @@
-"""GRPO with replay: sample answers, score them 0 or 1, push towards the better, and spend rollouts where they teach.
+"""GRPO with replay: sample answers, score them 0 or 1, push towards the better ones, and spend rollouts where they teach.
 
     python train.py --replay                               the embedded model and task, on a CPU, in minutes
     python train.py --model Qwen/Qwen3-8B --replay         the real thing
     python train.py --model PATH --data FILE.jsonl         your model, your problems
 
-One step is in `train`: draw prompts, generate, score, observe, complete the batch, update, sync, log.
+One step, in `train` below, and where each part stands:
+
+    1. replay.py draws prompts, rollout.py samples answers, reward.py scores them.
+    2. replay.py completes the batch: stored groups in place of dead ones, stored answers on top.
+    3. grpo.py updates the policy, and the engine gets the new weights.
+    4. The step is logged; now and then the policy is evaluated and the run is saved.
 """
 
 import copy
-import json
 import sys
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Literal
 
 import torch
 
-import eval
 import grpo
 import reward
-from buffer import Group, GroupReplay, RolloutReplay, Surplus, make_stores
-from lab.rules import Adaptive
-from replay import GRESO, Prioritized, PromptReplay, Uniform
-from rollout import EngineAstray, TransformersEngine, VLLMEngine, make_engine
-from support import checkpoint, config, log, plan, plot, ranks, stats
-from support.config import Config
-from support.logprobs import LogProbModel, Sequence, load_model
-from tasks import benchmarks, data, tiny
+import rollout
+from replay import DynamicSampling, Group, GroupReplay, Prioritized, PromptReplay, RolloutReplay, Uniform
+from support import checkpoint, config, folder, log, plan, ranks
+from support.model import load_model, make_optimizer, use_varlen_attention
+from tasks import prompts, tiny
+
+
+@dataclass(frozen=True)
+class Method:
+    """What `--replay NAME` stands for: its paper, its rules (classes, or "module:Class"), and what it sets otherwise."""
+
+    about: str
+    rules: tuple
+    settings: dict = field(default_factory=dict)
+
+
+DAPO = {"clip_high": 0.28, "advantage": "std"}
+POPO = DAPO | {"dual_clip": 10.0}
+OWN = ("lab.rules:Adaptive", "lab.rules:OnPolicyGroupReplay")
+METHODS = {
+    "prompt": Method("Prompt Replay, 2603.21177", (PromptReplay,), {"mask_truncated": True}),
+    "prioritized": Method("Prioritized Replay, 2601.02648", (Prioritized,), {"clip_high": 0.2}),
+    "rollout": Method("rollout-level replay, 2606.04560", (RolloutReplay,), POPO | {"proximal": "birth"}),
+    "group": Method("POPO, 2606.01281", (GroupReplay,), POPO),
+    "group-kl": Method("POPO, least drift first", ("lab.rules:LeastDriftGroupReplay",), POPO),
+    "group-oldest": Method("POPO, oldest first", ("lab.rules:OldestGroupReplay",), POPO),
+    "dapo": Method("dynamic sampling, 2503.14476, a baseline", (DynamicSampling,), DAPO),
+    "greso": Method("GRESO, 2506.02177, a baseline", ("lab.rules:GRESO",)),
+    "adaptive": Method("our own rule", OWN, {"share": 0.5, "cooldown": 10}),
+}
+METHODS["popo"] = METHODS["group"]
 
 
 @dataclass
+class Config:
+    """Every knob. A setting comes from, in rising order: the defaults here, which are the papers' at model scale; with the
+    embedded model tiny.SETTINGS; the method's settings; the command line. Comments are the flags' help."""
+
+    # ---- what is trained, and on what
+    model: str = ""  # Hugging Face id or folder; without it the embedded model is made and trained
+    data: str = ""  # polaris (the default), dolci, dapo, gsm8k, math; OWNER/NAME of Hugging Face; or a file
+    data_options: str = (
+        ""  # for the hub's load_dataset, as JSON, e.g. '{"name": "main", "split": "test", "revision": HASH}'
+    )
+    problem_column: str | None = None  # column of the problem; found by itself if it has a usual name
+    answer_column: str | None = None  # column of the gold answer; found by itself if it has a usual name
+    difficulty: tuple[float, float] = (0.0, 1.0)  # keep pass rates within, by the data's column `difficulty`
+    sharing: Literal["digits", "columns", "none"] = "digits"  # embedded task: facts that prompts share
+    keep_overlap: bool = False  # do not look for problems of the six evaluation sets in data of the hub
+    thinking: Literal["auto", "on", "off"] = "auto"  # enable_thinking of the chat template; auto: its own default
+    max_prompts: int = 0  # train on the first so many prompts only; 0: all
+    reward: str = "math"  # math, equation, random, always, format, or path/to/file.py:function
+    # ---- the run
+    out: str = ""  # folder of the run; default: a new one under out/
+    seed: int = 0  # of prompt order, sampling and replay
+    steps: int = 500  # steps to train for
+    max_rollouts: int = 0  # end once so many answers have been generated; 0: after --steps
+    resume: bool = False  # go on from the newest checkpoint in --out, as if never stopped
+    save_every: int = 20  # steps between checkpoints
+    eval_every: int = 20  # steps between evaluations on held-out prompts; 0: never
+    eval_prompts: int = 200  # held-out prompts (at most a tenth of the data)
+    eval_samples: int = 1  # answers to each of them
+    threads: int = 0  # CPU threads; 0: PyTorch's choice
+    dry_run: bool = False  # print configuration, first prompt and memory plan, and end
+    gpus: str = ""  # with --dry-run: GPUs to plan for, as 8x80 for 8 of 80 GB; else those that are found
+    wandb: str = ""  # project of Weights & Biases to mirror metrics and samples in
+    tensorboard: bool = False  # mirror metrics and samples in tensorboard/ of the run's folder
+    # ---- replay
+    replay: str = "none"  # one of METHODS, or some with +; alone: prompt
+    band: tuple[float, float] = (0.25, 0.75)  # prompt: pass rates that may come back, ends included
+    share: float = 0.75  # prompt, adaptive: largest share of a batch that may be replayed
+    cooldown: int = 10  # prompt, adaptive: least steps between two uses of a prompt
+    max_reuse: int = 15  # prompt: most times a prompt comes back
+    smoothing: float = 0.8  # prioritized: weight of the newest pass rate
+    initial_priority: float = 0.2  # prioritized: p(1-p) ascribed to prompts never seen
+    explore: float = 0.125  # prioritized: chance that a whole batch is drawn at random
+    retest_every: int = 10  # prioritized: steps between retests of solved and unsolved prompts; 0: none
+    retest_solved: float = 0.25  # prioritized: share of a retest batch that goes to solved prompts
+    max_rounds: int = 10  # dapo: most generation rounds a step
+    group_capacity: int = 0  # group, adaptive: groups stored; 0: two steps' worth
+    replay_ratio: float = 0.5  # rollout: stored answers added, per fresh useful one
+    priority_exponent: float = 0.5  # rollout: exponent of |advantage| when drawing
+    max_age: int = 10  # rollout: most steps since birth
+    replay_warmup: int = 20  # rollout: first steps, without replay
+    rollout_capacity: int = 30_000  # rollout: answers stored
+    # ---- rollouts
+    engine: Literal["auto", "vllm", "transformers"] = "auto"  # what generates; auto: vLLM on a GPU that has it
+    prompts_per_step: int = 32  # P
+    answers_per_prompt: int = 16  # G
+    max_prompt_tokens: int = 1024  # longer prompts are left out and counted
+    max_tokens: int = 7168  # of an answer
+    temperature: float = 1.0  # of sampling; log-probs are taken at the same
+    rollout_batch: int = 512  # answers decoded side by side
+    gpu_memory: float = 0.45  # vLLM: its share of the GPU
+    vllm: str = ""  # vLLM: more of its own settings, as JSON, e.g. '{"enforce_eager": true}'
+    # ---- objective
+    advantage: Literal["centred", "std", "rloo"] = "centred"  # how rewards of a group become advantages
+    loss: Literal["clip", "cispo"] = "clip"  # PPO's clipped objective, or CISPO's clipped weight
+    ratio: Literal["token", "sequence"] = "token"  # level of the ratio; sequence is GSPO
+    normaliser: Literal["token", "sequence", "constant"] = "token"  # DAPO's token mean, GRPO's, or Dr. GRPO's
+    proximal: Literal["old", "birth"] = "old"  # clip around the step's first policy, or the one that sampled
+    clip_low: float = 0.2  # ratio may fall by this
+    clip_high: float = 0.272  # ratio may rise by this
+    dual_clip: float = 0.0  # bound on the loss of wrong answers grown likely; 0: none
+    is_cap: float = 2.0  # truncation of importance weights; inf: none; 0: no weights
+    kl: float = 0.0  # coefficient of a k3 KL to the initial model
+    mask_truncated: bool = False  # answers cut at the limit count in their group, but are not trained on
+    # ---- optimiser
+    optimizer: Literal["adamw", "adamw8bit"] = "adamw"  # moments in float32, or in 8 bits (pip install torchao)
+    lr: float = 1e-6  # constant
+    betas: tuple[float, float] = (0.9, 0.95)  # AdamW's; 0.999 would average over more steps than most runs have
+    weight_decay: float = 0.0  # AdamW's
+    grad_clip: float = 1.0  # largest gradient norm
+    minibatches: int = 1  # optimiser steps per pass over the batch
+    epochs: int = 1  # passes over the batch
+    tokens_per_microbatch: int = 16_384  # bounds the memory of the update
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"  # of computation; weights are float32 always
+    gradient_checkpointing: bool = True  # make activations anew in the backward pass: a tenth of their memory
+
+
+# what may differ between a run and its resumption
+FREE = {"out", "steps", "max_rollouts", "resume", "save_every", "eval_every", "rollout_batch", "gpu_memory", "vllm"}
+FREE |= {"dry_run", "gpus", "wandb", "tensorboard"}
+
+
+# ---------------------------------------------------------------- before the first step
+
+
+def make_rules(cfg: Config, num_prompts: int) -> tuple[Uniform, dict]:
+    """The sampler, and the stores by what they decide, in the order in which a batch passes through them. ValueError
+    for an unknown name, for two rules that decide the same, and for settings that cannot be meant."""
+    chosen: dict[str, type] = {}
+    for name in cfg.replay.split("+") if cfg.replay != "none" else []:
+        if name not in METHODS:
+            raise ValueError(f"--replay {name} is not known; choose from {', '.join(METHODS)} or join some with +")
+        for rule in METHODS[name].rules:
+            rule = config.load_class(rule) if isinstance(rule, str) else rule
+            if rule.DECIDES in chosen:
+                raise ValueError(f"--replay {cfg.replay}: two of these decide the same thing; choose one of them")
+            chosen[rule.DECIDES] = rule
+    sampler = config.build(chosen.get("prompts", Uniform), cfg, num_prompts)
+    stores = {place: config.build(chosen[place], cfg) for place in ("places", "extra") if place in chosen}
+    return sampler, stores
+
+
 class Run:
-    """Everything a step needs. A checkpoint saves the parts that change."""
+    """Everything a step needs. A checkpoint saves the parts that change.
 
-    cfg: Config
-    folder: Path
-    model: LogProbModel  # the trained model, sharded where there are several ranks
-    reference: LogProbModel | None  # the model as loaded, for the KL
-    tokenizer: object
-    engine: TransformersEngine | VLLMEngine
-    optimizer: torch.optim.Optimizer
-    reward: Callable[[list[str], list[str]], list[float]]
-    judge: Callable[[list[str], list[str]], list[float]]  # of held-out answers: the same, or for a control the task's
-    prompts: list[data.Prompt]
-    held_out: list[data.Prompt]
-    digest: str  # of the prompts: a run is resumed on the data it was started on
-    sampler: Uniform | PromptReplay | Prioritized | GRESO | Adaptive
-    stores: dict[str, Surplus | GroupReplay | RolloutReplay]
-    gauge: log.Gauge
-    mirror: log.Mirror
-    step: int = 0  # done so far; so are these two, which are the run's cost
-    rollouts: int = 0
-    tokens: int = 0
+    What can go wrong by a user's mistake goes wrong while it is made, as a ValueError or OSError of one line.
+    """
 
+    def __init__(self, cfg: Config):
+        # What costs nothing comes first, so that a mistake is met before minutes of loading.
+        config.check_training(cfg)
+        make_rules(cfg, num_prompts=cfg.prompts_per_step)
+        self.cfg = cfg
+        self.step = 0  # steps done; so are these two, which are the run's cost
+        self.rollouts = 0
+        self.tokens = 0
+        self.mirror = log.Mirror(cfg.wandb, cfg.tensorboard)
+        self.reward = reward.load(cfg.reward)
+        self.judge = self.reward  # of held-out answers; a control does not judge itself
+        if cfg.reward in reward.CONTROLS:
+            self.judge = reward.load("math" if cfg.data else "equation")
+        if self.judge is reward.grade:
+            reward.start()  # its child processes, before CUDA
+        if cfg.threads:
+            torch.set_num_threads(cfg.threads)
+        ranks.start()
+        self.folder = Path(ranks.from_main(str(checkpoint.choose_folder(cfg, config.OUT))))
 
-def prepare(cfg: Config) -> Run:
-    """Everything that can go wrong by a user's mistake goes wrong here, as a ValueError or OSError of one line."""
-    switches, mirror = config.validate(cfg), log.Mirror(cfg.wandb, cfg.tensorboard)
-    torch.set_num_threads(cfg.threads or torch.get_num_threads())
-    reward_function = reward.load(cfg.reward)
-    judge = reward.load(("math" if cfg.data else "equation") if cfg.reward in reward.CONTROLS else cfg.reward)
-    if judge is reward.grade:
-        reward.start()  # its child processes, before CUDA
-    ranks.start()
-    folder = Path(ranks.from_main(str(checkpoint.choose_folder(cfg, config.OUT))))
-    path = cfg.model or str(tiny.home(cfg.sharing))
-    if not cfg.model and ranks.is_main():
-        tiny.make(path, sharing=cfg.sharing)
-    ranks.barrier()
-    model, tokenizer, stop_ids = load_model(path, cfg.gradient_checkpointing, cfg.attention)
-    prompts, held_out = load_prompts(cfg, tokenizer)
-    sampler = make_sampler(switches.get("prompts"), len(prompts), cfg)
-    reference = LogProbModel(copy.deepcopy(model).requires_grad_(False)) if cfg.kl else None
-    engine = make_engine(cfg.engine, model, path, stop_ids, cfg)
-    scorer = LogProbModel(model)
+        # The model, and the prompts as it will see them.
+        path = cfg.model or str(tiny.home(cfg.sharing))
+        if not cfg.model and ranks.is_main():
+            tiny.make(path, sharing=cfg.sharing)
+        ranks.barrier()
+        model, self.tokenizer, stop_ids = load_model(path, cfg.gradient_checkpointing)
+        self.policy = grpo.Policy(model)
+        grpo.check_policy(self.policy)
+        use_varlen_attention(model)
+        self.prompts, self.held_out = prompts.load_prompts(cfg, self.tokenizer)
+        self.digest = prompts.digest(self.prompts)  # a run is resumed on the data it was started on
+        self.gauge = log.Gauge(len(self.prompts))
 
-    def drift_of_stored(groups: list[Group]) -> list[float]:
-        pairs = [(prompts[g.prompt].ids, zip(g.tokens, g.logprobs, strict=True)) for g in groups]
-        return grpo.drift(scorer, [[Sequence(ids, *answer, 0.0, 0) for answer in group] for ids, group in pairs], cfg)
+        # The rules. Then the engine: vLLM takes its share of the GPU before the trainer does.
+        self.sampler, self.stores = make_rules(cfg, len(self.prompts))
+        self.refills = None  # the store of dynamic sampling, which has batches filled by more rounds of rollouts
+        if isinstance(self.stores.get("places"), DynamicSampling):
+            self.refills = self.stores["places"]
+        self.reference = None  # the model as loaded, for the KL
+        if cfg.kl:
+            self.reference = grpo.Policy(copy.deepcopy(model).requires_grad_(False))
+        self.engine = rollout.make_engine(cfg.engine, model, path, stop_ids, cfg)
 
-    stores = make_stores(switches, cfg, drift_of_stored)
-    for module in filter(None, (scorer, reference)):
-        layers = [m for m in module.modules() if type(m).__name__ in (model._no_split_modules or ())]
-        ranks.shard(module, layers, cfg.dtype == "bfloat16")
-    run = Run(
-        cfg=cfg, folder=folder, model=scorer, reference=reference, tokenizer=tokenizer, engine=engine,
-        optimizer=grpo.make_optimizer(scorer, cfg), reward=reward_function, judge=judge, prompts=prompts,
-        held_out=held_out, digest=data.fingerprint((p.text, p.answer) for p in prompts), sampler=sampler, stores=stores,
-        gauge=log.Gauge(len(prompts)), mirror=mirror,
-    )  # fmt: skip
-    if cfg.resume:
-        checkpoint.resume(run)
-        engine.sync(scorer)
-    return run
-
-
-def make_sampler(name: str | None, n: int, cfg: Config):
-    """For `n` prompts, with the settings of `cfg`. ValueError for settings that cannot be meant."""
-    if name == "prompt":
-        return PromptReplay(n, cfg.seed, cfg.band, cfg.share, cfg.cooldown, cfg.max_reuse)
-    if name == "prioritized":
-        return Prioritized(n, cfg.seed, cfg.smoothing, cfg.initial_priority, cfg.explore, cfg.retest_every,
-                           cfg.retest_solved, cfg.tie_bias)  # fmt: skip
-    if name == "adaptive":
-        return Adaptive(n, cfg.seed, cfg.share, cfg.cooldown)
-    return GRESO(n, cfg.seed, cfg.dead_target) if name == "greso" else Uniform(n, cfg.seed)
-
-
-def load_prompts(cfg: Config, tokenizer) -> tuple[list[data.Prompt], list[data.Prompt]]:
-    """Training and held-out prompts."""
-    notes = []
-    if cfg.data:
-        names = () if cfg.keep_overlap or data.is_file(cfg.data) else benchmarks.BENCHMARKS
-        tests, missing = data.evaluation_problems(names, lambda name: [p.text for p in benchmarks.load(name, {})[1]])
-        pairs, note = data.prepare(cfg, tests, missing)
-        pairs, held_out = data.split(pairs, min(cfg.eval_prompts, len(pairs) // 10))
-        notes.append(f"{note}; {len(held_out)} of them held out for evaluation")
-        if not tokenizer.chat_template:
-            notes.append(data.PLAIN_TEXT)
-    else:
-        pairs, held_out = tiny.problems(cfg.sharing, cfg.eval_prompts, cfg.difficulty, cfg.max_prompts)
-    thinking = {"on": True, "off": False}.get(cfg.thinking)
-    prompts, skipped = data.encode(pairs[: cfg.max_prompts or None], tokenizer, cfg.max_prompt_tokens, thinking)
-    if skipped:
-        notes.append(f"{skipped} of {len(prompts) + skipped} prompts exceed {cfg.max_prompt_tokens} tokens: left out")
-    if notes and ranks.is_main():
-        print("\n".join(notes))
-    if len(prompts) < cfg.prompts_per_step:
-        raise ValueError(
-            f"{len(prompts)} training prompts are fewer than the {cfg.prompts_per_step} of one step; give more data or "
-            "lower --prompts-per-step"
-        )
-    return prompts, data.encode(held_out, tokenizer, cfg.max_prompt_tokens, thinking)[0]
+        # The trainer. Over several ranks its weights are sharded, layer by layer.
+        for module in filter(None, (self.policy, self.reference)):
+            layers = [part for part in module.modules() if type(part).__name__ in (model._no_split_modules or ())]
+            ranks.shard(module, layers, cfg.dtype == "bfloat16")
+        self.optimizer = make_optimizer(self.policy, cfg)
+        for store in self.stores.values():
+            store.attach(self)
+        if cfg.resume:
+            checkpoint.resume(self, FREE)
+            self.engine.sync(self.policy)
 
 
 def dry_run(cfg: Config, given: list[str]) -> str:
-    """What a run would do and need; loads no weights."""
-    switches = config.validate(cfg)
-    reward.load(cfg.reward)  # this, and the folder, sampler and stores: to refuse what a run would
+    """What a run would do and need; loads no weights, and refuses what a run would refuse."""
+    config.check_training(cfg)
+    reward.load(cfg.reward)
     checkpoint.choose_folder(cfg, config.OUT)
-    kind, tokenizer = plan.read(cfg.model) if cfg.model else (tiny.make_model(0).config, tiny.make_tokenizer())
-    prompts = load_prompts(cfg, tokenizer)[0]
-    make_sampler(switches.get("prompts"), len(prompts), cfg)
-    make_stores(switches, cfg)
-    return plan.report(cfg, given, kind, tokenizer, prompts)
+    if cfg.model:
+        kind, tokenizer = plan.read(cfg.model)
+    else:
+        kind, tokenizer = tiny.make_model(0).config, tiny.make_tokenizer()
+    data, _ = prompts.load_prompts(cfg, tokenizer)
+    make_rules(cfg, len(data))
+    return plan.report(cfg, given, kind, tokenizer, data)
 
 
 # ---------------------------------------------------------------- one step, in parts
 
 
-def generate(run: Run, drawn: list[int], step: int) -> list[Group]:
-    """Answers to this rank's share of the drawn prompts."""
-    mine = [run.prompts[i] for i in ranks.share(drawn)]
+def generate(run: Run, numbers: list[int], step: int) -> list[Group]:
+    """Answers to this rank's share of the prompts with these numbers."""
+    mine = [run.prompts[i] for i in ranks.share(numbers)]
     return run.engine.generate(mine, run.cfg.answers_per_prompt, run.cfg.seed, step)
 
 
-def score(run: Run, groups: list[Group]) -> list[list[str]]:
-    """Sets rewards and advantages of `groups`; returns their texts."""
-    texts = [[run.tokenizer.decode(t, skip_special_tokens=True) for t in group.tokens] for group in groups]
-    golds = [run.prompts[group.prompt].answer for group in groups for _ in group.tokens]
-    rewards = torch.tensor(run.reward([t for group in texts for t in group], golds), dtype=torch.float32)
-    for group, values in zip(groups, rewards.split([len(g.tokens) for g in groups]), strict=True):  # [G]
-        group.rewards, group.advantages = values.clone(), grpo.advantages(values, run.cfg.advantage)
-    return texts
+def score(run: Run, groups: list[Group]) -> None:
+    """Sets rewards and advantages of `groups`."""
+    golds = [run.prompts[group.prompt].answer for group in groups]
+    for group, values in zip(groups, reward.of_groups(groups, golds, run.tokenizer, run.reward), strict=True):
+        group.rewards = torch.tensor(values, dtype=torch.float32)  # [G]
+        group.advantages = grpo.advantages(group.rewards, run.cfg.advantage)
 
 
-def observe(sampler, groups: list[Group], step: int) -> None:
-    """Tells `sampler` how `groups` turned out; of rewards other than 0 and 1 the variance too, as it is not p(1-p)."""
-    rewards = torch.stack([group.rewards for group in groups]).double()  # [P, G]
-    binary = bool(((rewards == 0) | (rewards == 1)).all())
-    variance = None if binary else rewards.var(1, unbiased=False).tolist()
-    indices, counts = [group.prompt for group in groups], [rewards.shape[1]] * len(groups)
-    sampler.observe(indices, rewards.sum(1).tolist(), counts, step, variance=variance)
-
-
-def training_sequences(run: Run, batch: list[Group], step: int) -> list[Sequence]:
-    """The answers of `batch`. Equal answers of a group become one with a count, which leaves the gradient unchanged
-    (as far as the engine gave equal tokens equal log-probs; in bf16 they may differ by rounding)."""
-    sequences: dict[tuple, Sequence] = {}
-    for group in batch:
-        advantages = group.advantages.tolist()
-        for tokens, logprobs, advantage, cut in zip(
-            group.tokens, group.logprobs, advantages, group.truncated, strict=True
-        ):
-            key = (group.prompt, group.birth, advantage, tokens.numpy().tobytes())
-            if cut and run.cfg.mask_truncated:
-                continue
-            if key in sequences:
-                sequences[key].count += 1
-            else:
-                ids = run.prompts[group.prompt].ids
-                sequences[key] = Sequence(ids, tokens, logprobs, advantage, step - group.birth)
-    return list(sequences.values())
+def observe(run: Run, groups: list[Group], step: int) -> None:
+    """Tells the sampler how `groups` turned out."""
+    numbers = [group.prompt for group in groups]
+    correct = [group.num_correct for group in groups]
+    run.sampler.observe(numbers, correct, run.cfg.answers_per_prompt, step)
 
 
 def evaluate(run: Run) -> float:
     """Held-out accuracy; each rank answers its share."""
     mine = ranks.share(run.held_out)
-    settings = (run.tokenizer, run.judge, run.cfg.eval_samples, run.cfg.seed)
-    mean = eval.accuracy(run.engine, mine, *settings)  # without prompts too: ranks may share an engine
-    return ranks.total([mean * len(mine)])[0] / len(run.held_out)
+    groups = run.engine.generate(mine, run.cfg.eval_samples, run.cfg.seed, step=-1)
+    values = reward.of_groups(groups, [prompt.answer for prompt in mine], run.tokenizer, run.judge)
+    reward.counts()  # the grading of these answers is not the next step's
+    right, count = ranks.total([sum(map(sum, values)), sum(map(len, values))])
+    return right / max(count, 1)
 
 
 def record(run: Run, step: int, groups: list[Group], batch: list[Group], trained: dict, seconds: dict) -> dict:
@@ -207,127 +281,120 @@ def record(run: Run, step: int, groups: list[Group], batch: list[Group], trained
     run.step = step
     run.rollouts += sum(len(group.tokens) for group in groups)
     run.tokens += sum(len(tokens) for group in groups for tokens in group.tokens)
-    run.gauge.observe(groups, run.sampler.epochs.replays)
-    row = {"step": step} | log.rollout_figures(groups, run.sampler.epochs.replays) | trained | run.gauge.figures()
-    row |= {"distinct_prompts": int(run.sampler.epochs.seen.sum()), "rollouts": run.rollouts, "tokens": run.tokens}
-    row |= {"lr": run.cfg.lr, "trained_groups": sum(len(group.tokens) > 1 for group in batch)} | run.sampler.figures()
+    run.gauge.observe(groups, run.sampler.replays)
     graded = reward.counts()
-    row |= dict(zip(graded, map(int, ranks.total(list(graded.values()))), strict=True))
+    row = {
+        "step": step,
+        "rollouts": run.rollouts,  # answers generated so far, and their tokens
+        "tokens": run.tokens,
+        "lr": run.cfg.lr,
+        "trained_groups": sum(len(group.tokens) > 1 for group in batch),
+        # reward, zero_variance, mean_abs_advantage, replayed, truncated, entropy, pass_rates_fresh, pass_rates_replayed
+        **log.rollout_figures(groups, run.sampler.replays),
+        # loss, grad_norm, clip_fraction, engine_kl, is_capped, kl, trained_tokens, ess_replayed, sync_error
+        **trained,
+        # gain_epochs and gain_replay: how far a visit moves a prompt
+        **run.gauge.figures(),
+        # distinct_prompts, and what the rules say of themselves: buffer, prompt_uses, heap, stored_groups, group_ages
+        **run.sampler.figures(),
+        # reward_graded, reward_no_box, reward_timeouts: what became of the answers
+        **dict(zip(graded, map(int, ranks.total(list(graded.values()))), strict=True)),
+        **{f"seconds_{name}": value for name, value in seconds.items()},
+        "seconds_total": sum(seconds.values()),
+        "peak_memory_mb": log.peak_memory_mb(),
+    }
     for store in run.stores.values():
         row |= store.figures(step)
-    row |= {f"seconds_{name}": value for name, value in seconds.items()}
-    return row | {"seconds_total": sum(seconds.values()), "peak_memory_mb": log.peak_memory_mb()}
+    return row
 
 
-def finished(run: Run) -> bool:
+def is_done(run: Run) -> bool:
     return run.step >= run.cfg.steps or 0 < run.cfg.max_rollouts <= run.rollouts
 
 
 def train(run: Run) -> int:
     """The loop. Returns the signal that ended it early, or 0."""
-    cfg, stop, ended_by = run.cfg, ranks.Stop(), 0
-    if finished(run):
-        return 0  # resumed when nothing was left to do
-    surplus, evaluates = run.stores.get("dapo"), cfg.eval_every and run.held_out
-    before = {"eval_accuracy_start": evaluate(run)} if evaluates and run.step == 0 else {}
+    cfg = run.cfg
+    places = cfg.prompts_per_step
+    evaluates = bool(cfg.eval_every and run.held_out)
+    stop = ranks.Stop()
+    first = {}
+    if evaluates and run.step == 0:
+        first = {"eval_accuracy_start": evaluate(run)}
     progress = log.progress(run)
-    with log.profiler(run.folder, cfg.profile) as profiler:
-        for step in progress:
-            clock, seconds = log.Clock(), dict.fromkeys(("rollout", "reward", "update", "sync"), 0.0)
-            groups: list[Group] = []
-            useful: list[Group] = []  # those with a gradient; dead groups never reach the update
-            own: list[tuple[Group, list[str]]] = []  # this rank's, with their texts
-            reward.counts()  # those of an evaluation are not this step's
+    for step in progress:
+        clock = log.Clock()
+        groups: list[Group] = []  # all that are generated in this step
+        useful: list[Group] = []  # those with a gradient; dead groups never reach the update
 
-            # Rollouts: one round, or with dynamic sampling (DAPO) as many as fill the batch, within bounds.
-            for _ in range(cfg.max_rounds if surplus else 1):
-                drawn = run.sampler.draw(cfg.prompts_per_step, step)
-                if not drawn:
-                    break  # a small data set: every prompt is in this step already
-                mine = generate(run, drawn, step)
-                seconds["rollout"] += clock.lap()
-                own += zip(mine, score(run, mine), strict=True)
-                new = ranks.gather(mine)  # every rank knows all groups: samplers and stores stay the same everywhere
-                seconds["reward"] += clock.lap()
-                observe(run.sampler, new, step)  # dead groups too: that a prompt is solved is worth knowing
-                groups += new
-                useful += [group for group in new if not group.dead]
-                if surplus and len(surplus.carried) + len(useful) >= cfg.prompts_per_step:
-                    break
-
-            # What is trained on: useful fresh groups, stored ones in place of dead ones, stored answers on top.
-            run.engine.sleep()  # its memory is the trainer's until the sync
-            batch = useful
-            for store in run.stores.values():
-                batch = store.complete(batch, cfg.prompts_per_step, step)
-            sequences = training_sequences(run, batch, step)
-
-            trained = grpo.update(run.model, run.optimizer, sequences, cfg, step, run.reference)
-            if "group" in run.stores:
-                run.stores["group"].adjust(trained.get("ess_replayed"))
-            seconds["update"] += clock.lap()
-            trained["sync_error"] = run.engine.sync(run.model)
-            seconds["sync"] += clock.lap()
-
-            row = record(run, step, groups, batch, trained, seconds) | before
-            before = {}
-            last = finished(run)
-            if evaluates and (step % cfg.eval_every == 0 or last):
-                row["eval_accuracy"] = evaluate(run)
-            log.write(run, row, progress, own)
-            profiler.step()
-            ended_by = stop.agreed()
-            if ended_by or step % cfg.save_every == 0 or last:
-                checkpoint.save(run)
-            if ended_by or last:
+        # 1. Rollouts. One round; with dynamic sampling (DAPO) as many as it takes to fill the batch.
+        for _ in range(cfg.max_rounds if run.refills else 1):
+            numbers = run.sampler.draw(places, step)  # replay.py: which prompts
+            if not numbers:
+                break  # a small data set: all of its prompts are in this step already
+            mine = generate(run, numbers, step)  # rollout.py: G answers to each of this rank's
+            clock.lap("rollout")
+            score(run, mine)  # reward.py: 0 or 1 each; grpo.py: advantages
+            new = ranks.gather(mine)  # every rank knows all groups: samplers and stores stay the same everywhere
+            clock.lap("reward")
+            observe(run, new, step)  # replay.py: pass rates go back to the sampler, dead groups too
+            groups += new
+            useful += [group for group in new if not group.dead]
+            if run.refills and len(run.refills.stored) + len(useful) >= places:
                 break
-    return ended_by
+
+        # 2. The batch: useful fresh groups, stored ones in place of dead ones, stored answers on top.
+        run.engine.sleep()  # its memory is the trainer's until the sync
+        batch = useful
+        for store in run.stores.values():
+            batch = store.complete(batch, places, step)  # replay.py
+
+        # 3. The update, and the new weights into the engine.
+        answers = grpo.to_answers(batch, run.prompts, step, cfg.mask_truncated)
+        trained = grpo.update(run.policy, run.optimizer, answers, cfg, step, run.reference)
+        for store in run.stores.values():
+            store.learn(trained)
+        clock.lap("update")
+        trained["sync_error"] = run.engine.sync(run.policy)  # checked, not hoped
+        clock.lap("sync")
+
+        # 4. Log, evaluate, save.
+        row = record(run, step, groups, batch, trained, clock.seconds) | first
+        first = {}
+        if evaluates and (step % cfg.eval_every == 0 or is_done(run)):
+            row["eval_accuracy"] = evaluate(run)
+        log.write(run, row, progress, groups)
+        ended_by = stop.agreed()
+        if ended_by or is_done(run) or step % cfg.save_every == 0:
+            checkpoint.save(run)
+        if ended_by or is_done(run):
+            return ended_by
+    return 0
 
 
-def start(cfg: Config, given: list[str]) -> int:
-    """A run from beginning to end. Returns the exit code."""
-    try:
-        if cfg.dry_run:
-            print(dry_run(cfg, given))
-            return 0
-        run = prepare(cfg)
-        run.folder = Path(ranks.from_main(str(checkpoint.claim(run.folder, cfg)) if ranks.is_main() else ""))
-        if ranks.is_main():
-            run.mirror.start(run.folder, asdict(cfg), run.step)
-    except (ValueError, OSError) as error:
-        if ranks.is_main():
-            print(f"error: {error}", file=sys.stderr)
-        return 2
-    if ranks.is_main():
-        settings = asdict(cfg) | {"given": given, "prompts_sha256": run.digest, "commit": stats.commit()}
-        (run.folder / "config.json").write_text(json.dumps(settings, indent=2) + "\n")
-        going = "nothing left to do" if finished(run) else "going on"
-        print(f"run folder: {run.folder}{f', {going} after step {run.step}' if run.step else ''}")
-    ended_by = train(run)
-    if not ended_by:
-        checkpoint.export(run)
-    if ranks.is_main() and ended_by:
-        print(f"saved after step {run.step}; go on with --resume --out {run.folder}")
-    elif ranks.is_main():
-        print(log.summary(plot.read(run.folder / "metrics.jsonl")))
-        print(f"model: {run.folder / 'model'}, curves: {plot.curves(run.folder)}")
-    run.mirror.close()
-    run.engine.close()
-    ranks.stop()
-    return 128 + ended_by if ended_by else 0
+# ---------------------------------------------------------------- the program
 
 
 def main(argv: list[str]) -> int:
-    cfg, given = config.parse(argv, __doc__)
-    try:
-        return start(cfg, given)
-    except torch.OutOfMemoryError:
-        kind, _ = plan.read(cfg.model or str(tiny.home(cfg.sharing)))
-        print(f"error: {plan.out_of_memory(cfg, kind)}", file=sys.stderr)
-        return 2
-    except (EngineAstray, FloatingPointError, reward.VerifierBroken, reward.RewardBroken) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2 if isinstance(error, reward.RewardBroken) else 1
+    """A run from beginning to end. Returns the exit code."""
+    argv = config.with_value(argv, "replay", "prompt")  # --replay alone is Prompt Replay
+    cfg, given = config.parse(Config, argv, __doc__, config.preset(Config, argv, tiny.SETTINGS, METHODS))
+    model = cfg.model or str(tiny.home(cfg.sharing))
+    with config.exits(2, ValueError, OSError), plan.explained(cfg, model):
+        if cfg.dry_run:
+            print(dry_run(cfg, given))
+            return 0
+        run = Run(cfg)
+        folder.begin(run, asdict(cfg) | {"given": given, "prompts_sha256": run.digest})
+    failures = (rollout.EngineAstray, FloatingPointError, reward.VerifierBroken)
+    with config.exits(2, plan.OutOfMemory, reward.RewardBroken), config.exits(1, *failures), plan.explained(cfg, model):
+        ended_by = 0 if is_done(run) else train(run)
+        if not ended_by:
+            checkpoint.export(run)
+    folder.end(run, ended_by)
+    run.engine.close()
+    ranks.stop()
+    return 128 + ended_by if ended_by else 0
 
 
 if __name__ == "__main__":

@@ -1,95 +1,263 @@
-"""Our own rule for prompts to bring back: those that have lately been worth more than the next prompts of the epoch.
+"""Rules that are no paper's method: a baseline, our own, and ablations. `--replay NAME` knows them like the others.
 
-(Half of `--replay adaptive`. The other half, `min_ess` of buffer.GroupReplay, is about answers: recent useful groups
-take the places of dead ones as far as they are still nearly on-policy. `--max-fill 0` leaves that half out, `--share 0`
-this one.)
-
-The four papers fix beforehand which pass rates are worth another visit, and whether that saves rollouts then depends on
-how far one visit moves a prompt (README, "Does replay help?"). Here the run itself tells. A visit to a prompt that
-turns out to stand at pass rate p counts as
-
-    worth = p (1 - p) * (1 - p)^2        the spread of its rewards, which is what it teaches, times what is left to gain
-
-and two averages are kept, over the latest visits: of visits by the epochs, and of return visits to prompts whose group
-before was at a given pass rate. Prompts return if return visits at their pass rate have been worth at least 1.25 times
-a visit by the epochs, the best first; if none have, none returns. Where a visit moves a prompt little, prompts last
-seen near one third stay worth a visit, and are visited until they do not. Where a visit all but solves a prompt, they
-return solved, are worth nothing, and replay all but ends by itself. All-wrong prompts are retested just when such
-prompts have begun to come off. The power and the constants were chosen with simulate.py; LOG.md has what was tried, and
-how it did on cells not used to choose.
+GRESO                   greso         a baseline (2506.02177): pass over prompts that were dead lately
+Adaptive                adaptive      our own, of prompts: bring back what has lately been worth more than fresh ones
+OnPolicyGroupReplay     adaptive      our own, of answers: POPO as far as stored groups are still nearly on-policy
+LeastDriftGroupReplay   group-kl      POPO's ablation: the groups first that the policy has moved away from least
+OldestGroupReplay       group-oldest  POPO's ablation: the oldest groups first
 """
 
 import numpy as np
+import torch
 
-from replay import Epochs, Saved, smallest
+import grpo
+from replay import Group, GroupReplay, Uniform
+
+
+class GRESO(Uniform):
+    """GRESO (2506.02177), a baseline. It walks the epochs, but passes over prompts that were dead lately:
+
+    1. A prompt whose latest z groups in a row were dead is passed over with chance 1 - max(p^z, floor).
+    2. p is kept apart for all-right and all-wrong prompts. After each batch it falls by `pace` where the share of such
+       groups reached its target (a third of `target` for all-right ones, two thirds for all-wrong ones), else it rises.
+    """
+
+    STATE = (*Uniform.STATE, "chance_rng", "in_a_row", "chance", "skipped")
+
+    def __init__(self, num_prompts: int, seed: int = 0, target=0.25, floor=0.01, pace=0.01, start=0.5):
+        if not 0 <= target <= 1 or not 0 < floor <= 1:
+            raise ValueError(f"need 0 <= target <= 1 and 0 < floor <= 1, got {target} and {floor}")
+        super().__init__(num_prompts, seed)
+        self.targets = (target / 3, target * 2 / 3)
+        self.floor = floor
+        self.pace = pace
+        self.chance_rng = np.random.default_rng([seed, 1])
+        self.in_a_row = np.zeros(num_prompts, int)  # dead groups: +z all right, -z all wrong
+        self.chance = np.array([start, start])  # p of all-right and of all-wrong prompts
+        self.skipped = 0
+
+    def draw(self, n: int, step: int) -> list[int]:
+        room = self.begin(n, step)
+        chosen: list[int] = []
+        while len(chosen) < room:
+            x = self.next()
+            if self.passes_over(x):
+                self.skipped += 1
+            else:
+                chosen += self.take([x])
+        return chosen
+
+    def passes_over(self, x: int) -> bool:
+        z = int(self.in_a_row[x])
+        if z == 0:
+            return False
+        p = self.chance[0] if z > 0 else self.chance[1]
+        return self.chance_rng.random() >= max(p ** abs(z), self.floor)
+
+    def observe(self, prompts, num_correct, num_answers, step: int) -> None:
+        if not len(prompts):
+            return
+        rate = np.array(num_correct) / num_answers
+        kind = np.where(rate >= 1, 1, np.where(rate <= 0, -1, 0))  # all right, all wrong, or useful
+        self.in_a_row[prompts] = kind * (np.abs(self.in_a_row[prompts]) + 1)
+        shares = ((kind > 0).mean(), (kind < 0).mean())
+        for i in range(2):
+            change = -self.pace if shares[i] >= self.targets[i] else self.pace
+            self.chance[i] = np.clip(self.chance[i] + change, 0.05, 0.95)
+
+    def figures(self) -> dict:
+        own = {"p_easy": float(self.chance[0]), "p_hard": float(self.chance[1]), "skipped": self.skipped}
+        return super().figures() | own
+
+
+# ---------------------------------------------------------------- our own rule, of prompts
 
 LEVELS = 16  # pass rates 0, 1/16 .. 1
 MEMORY = 320  # visits that an average goes back, or so
 MARGIN = 1.25  # by which return visits must beat those by the epochs
-GUESS = 8  # visits that the first guess, that a prompt has not moved, counts for
+GUESS = 8  # weight, in visits, of the first guess: that a prompt has not moved
 
 
-def worth(mean: np.ndarray, variance: np.ndarray | None = None) -> np.ndarray:
-    """What visits taught whose rewards had this `mean` [P] and `variance` [P] (of 0s and 1s by default)."""
-    variance = mean * (1 - mean) if variance is None else np.asarray(variance)
-    return variance * (1 - mean) ** 2
+def worth(rate: np.ndarray) -> np.ndarray:
+    """What visits taught that found these pass rates: their spread p(1-p), times what is left to gain, (1-p)^2."""
+    return rate * (1 - rate) * (1 - rate) ** 2
 
 
-class Adaptive(Saved):
-    """A sampler like those of replay.py: at most floor(share * n) prompts a step come back, after `cooldown` steps."""
+class Adaptive(Uniform):
+    """Our own rule: prompts come back while return visits teach more than the next prompts of the epoch.
 
-    STATE = ("epochs", "level", "last", "back", "returns", "fresh")
+    The papers fix beforehand which pass rates are worth another visit. Whether that saves rollouts depends on how far one
+    visit moves a prompt, and here the run itself tells:
+
+    1. A visit that finds pass rate p is worth p(1-p)(1-p)^2. Two averages are kept over the latest visits: of visits by
+       the epochs, and of return visits to prompts whose group before was at a given pass rate.
+    2. Prompts come back whose pass rate's return visits have been worth `MARGIN` times a visit by the epochs; the best
+       pass rates first, and of one pass rate the prompts that were not visited for longest.
+    3. At most floor(share * P) of a batch, each after `cooldown` steps. All else comes from the epochs.
+
+    Where a visit all but solves a prompt, they return solved, are worth nothing, and replay all but ends by itself. The
+    power and the constants were chosen in lab/simulate.py; lab/LOG.md has what was tried, and how it did on other cells.
+    """
+
+    STATE = (*Uniform.STATE, "level", "last", "back", "returns", "fresh")
 
     def __init__(self, num_prompts: int, seed: int = 0, share: float = 0.5, cooldown: int = 10):
         if not 0 <= share <= 1 or cooldown < 0:
             raise ValueError(f"need share in [0, 1] and cooldown >= 0, got {share} and {cooldown}")
-        self.share, self.cooldown = share, cooldown
-        self.epochs = Epochs(num_prompts, seed)
-        self.level = np.full(num_prompts, -1, np.int8)  # pass rate of the latest group, in LEVELS; -1: never observed
-        self.last = np.full(num_prompts, -(10**9), np.int32)  # the step of the latest use
-        self.tie = np.arange(num_prompts)
-        self.back = np.zeros(num_prompts, bool)  # whether it was replay that brought it
+        super().__init__(num_prompts, seed)
+        self.share = share
+        self.cooldown = cooldown
+        self.level = np.full(num_prompts, -1)  # pass rate of the latest group, in LEVELS; -1: none yet
+        self.last = np.full(num_prompts, -np.inf)  # step of the latest use
+        self.back = np.zeros(num_prompts, bool)  # whether replay brought it to its latest use
         self.returns = np.zeros((2, LEVELS + 1))  # by the level before: number and worth of return visits
         self.fresh = np.zeros(2)  # number and worth of visits by the epochs
 
     def promise(self) -> np.ndarray:
         """What a visit to a prompt of each level will be worth [LEVELS + 1]."""
         number, total = self.returns
-        return (total + GUESS * worth(np.arange(LEVELS + 1) / LEVELS)) / (number + GUESS)
+        guess = worth(np.arange(LEVELS + 1) / LEVELS)
+        return (total + GUESS * guess) / (number + GUESS)
 
     def better(self) -> np.ndarray:
-        """Which levels' prompts come back [LEVELS + 1]; none before there was a visit by the epochs to compare with."""
+        """Which levels' prompts come back [LEVELS + 1]: none before the epochs had a visit to compare with."""
         number, total = self.fresh
-        return self.promise() > (MARGIN * total / number if number else np.inf)
+        if number == 0:
+            return np.zeros(LEVELS + 1, bool)
+        return self.promise() > MARGIN * total / number
 
     def draw(self, n: int, step: int) -> list[int]:
-        n = self.epochs.begin(n, step)
-        budget = int(self.share * self.epochs.batches[-1]["asked"] + 1e-9) - len(self.epochs.replays)
-        ready = self.epochs.free() & (self.last <= step - self.cooldown)
-        replays: list[int] = []
-        for level in np.argsort(-self.promise(), kind="stable")[: self.better().sum()]:  # `better` comes first
-            room = min(budget, n) - len(replays)
-            replays += smallest(room, ready & (self.level == level), self.last, self.tie)  # longest not visited first
-        chosen = [self.epochs.take(x, replay=True) for x in replays]
-        chosen += [self.epochs.take(self.epochs.next()) for _ in range(n - len(chosen))]
-        self.last[chosen], self.back[chosen] = np.maximum(self.last[chosen], step), False
-        self.back[replays] = True
+        room = self.begin(n, step)
+        budget = int(self.share * self.size + 1e-9) - len(self.replays)
+        back = self.candidates(step)[: max(min(budget, room), 0)]
+        chosen = self.take(back, replayed=True) + self.take_fresh(room - len(back))
+        self.last[chosen] = step
+        self.back[chosen] = False
+        self.back[back] = True
         return chosen
 
-    def observe(self, indices, num_correct, num_answers, step, variance=None) -> None:
-        x = self.epochs.settle(indices)
-        mean = np.asarray(num_correct) / np.asarray(num_answers)
-        value, before = worth(mean, variance), self.level[x]
-        keep = (1 - 1 / MEMORY) ** len(x)
-        self.returns, self.fresh = self.returns * keep, self.fresh * keep
-        again, fresh = before >= 0, ~self.back[x]
-        np.add.at(self.returns, (slice(None), before[again]), np.stack([np.ones(again.sum()), value[again]]))
-        self.fresh += fresh.sum(), value[fresh].sum()
-        self.level[x] = np.round(mean * LEVELS)
-        self.last[x] = np.maximum(self.last[x], step)
+    def candidates(self, step: int) -> np.ndarray:
+        """The prompts that may come back at `step`, best first."""
+        ready = self.last <= step - self.cooldown
+        ready[list(self.batch)] = False
+        better = self.better()
+        found = [np.zeros(0, int)]
+        for level in np.argsort(-self.promise(), kind="stable"):
+            if better[level]:
+                x = np.flatnonzero(ready & (self.level == level))
+                found.append(x[np.argsort(self.last[x], kind="stable")])
+        return np.concatenate(found)
+
+    def observe(self, prompts, num_correct, num_answers, step: int) -> None:
+        rates = np.array(num_correct) / num_answers
+        keep = (1 - 1 / MEMORY) ** len(prompts)
+        self.returns *= keep
+        self.fresh *= keep
+        for x, rate in zip(prompts, rates, strict=True):
+            visit = (1.0, worth(rate))
+            if self.level[x] >= 0:
+                self.returns[:, self.level[x]] += visit
+            if not self.back[x]:
+                self.fresh += visit
+        self.level[prompts] = np.round(rates * LEVELS)
+        self.last[prompts] = step
 
     def figures(self) -> dict:
         number, total = self.fresh
         better = self.better()
-        return {"worth_fresh": float(total / number) if number else 0.0, "levels_back": better.astype(int).tolist(),
-                "buffer": int((better[self.level] & (self.level >= 0)).sum())}  # fmt: skip
+        waiting = better[self.level] & (self.level >= 0)
+        return super().figures() | {
+            "worth_fresh": float(total / number) if number else 0.0,
+            "levels_back": better.astype(int).tolist(),
+            "buffer": int(waiting.sum()),
+        }
+
+
+# ---------------------------------------------------------------- our own rule, of answers
+
+
+class OnPolicyGroupReplay(GroupReplay):
+    """POPO as long as it is right: the other half of `--replay adaptive`.
+
+    A second use is right as long as the policy is nearly the one that sampled. Each update tells, by the effective sample
+    size of the replayed tokens' importance weights as a share of their number:
+
+    1. Stored groups take the share `fill` of the dead groups' places; a fraction of a place is decided by chance, so that
+       even a small `fill` replays a group now and then, to see how it does.
+    2. Where the effective sample size stays above `min_ess`, `fill` grows by a fifth, up to `max_fill`; else it falls by
+       three tenths. Where steps are large, and a second use harms, replay all but ends by itself.
+    """
+
+    STATE = (*GroupReplay.STATE, "fill")
+
+    def __init__(self, seed: int = 0, group_capacity: int = 0, prompts_per_step: int = 32, min_ess=0.99, max_fill=1.0):
+        if not 0 <= min_ess < 1 or not 0 <= max_fill <= 1:
+            raise ValueError(f"need min_ess in [0, 1) and max_fill in [0, 1], got {min_ess} and {max_fill}")
+        super().__init__(seed, group_capacity, prompts_per_step)
+        self.min_ess = min_ess
+        self.max_fill = max_fill
+        self.fill = 0.1 * max_fill
+
+    def attach(self, run) -> None:
+        if "extra" in run.stores:
+            raise ValueError("--replay adaptive judges stored groups by all that is replayed; it cannot join rollout")
+
+    def choose(self, dead: int) -> list[Group]:
+        room = self.fill * dead
+        if self.fill < 1:
+            room += self.rng.random()
+        return super().choose(int(room))
+
+    def learn(self, trained: dict) -> None:
+        if "ess_replayed" in trained:
+            change = 1.2 if trained["ess_replayed"] >= self.min_ess else 0.7
+            self.fill = min(max(self.fill * change, 0.02 * self.max_fill), self.max_fill)
+
+
+# ---------------------------------------------------------------- POPO's ablations
+
+
+class OldestGroupReplay(GroupReplay):
+    """POPO's ablation: the oldest groups first."""
+
+    def choose(self, dead: int) -> list[Group]:
+        return list(self.stored)[:dead]
+
+
+class LeastDriftGroupReplay(GroupReplay):
+    """POPO's ablation: the groups first that the policy has moved away from least. It costs a pass over the whole store."""
+
+    def attach(self, run) -> None:
+        self.drift = lambda groups: drift_of(groups, run.policy, run.prompts, run.cfg)
+
+    def choose(self, dead: int) -> list[Group]:
+        newest_first = super().choose(len(self.stored))
+        if not dead or not newest_first:
+            return []
+        drift = self.drift(newest_first)
+        order = sorted(range(len(newest_first)), key=drift.__getitem__)
+        return [newest_first[i] for i in order[:dead]]
+
+
+@torch.no_grad()
+def drift_of(groups: list[Group], policy: grpo.Policy, prompts: list, cfg) -> list[float]:
+    """How far `policy` has moved from those that sampled each of `groups`: the mean over a group's tokens of k3, an
+    estimate of KL(mu || pi), in nats. Prompts' token ids are `prompts[group.prompt].ids`."""
+    answers = []
+    owner = []
+    for i, group in enumerate(groups):
+        for tokens, logprobs in zip(group.tokens, group.logprobs, strict=True):
+            answers.append(grpo.Answer(prompts[group.prompt].ids, tokens, logprobs, advantage=0.0, age=0))
+            owner.append(i)
+    device = next(policy.parameters()).device
+    owner = torch.tensor(owner, device=device)
+    totals = torch.zeros(len(groups), device=device)
+    counts = torch.zeros(len(groups), device=device)
+    with grpo.autocast(policy, getattr(torch, cfg.dtype)):
+        for micro in policy.pack(answers, cfg.tokens_per_microbatch):
+            logprob, _ = policy(micro, cfg.temperature)  # [N]
+            behaviour = torch.cat([answers[i].behaviour for i in micro.sequences]).to(device)
+            group_of_token = owner[micro.sequences][micro.segment]  # [N]
+            totals.index_add_(0, group_of_token, grpo.k3(behaviour, logprob))
+            counts.index_add_(0, group_of_token, torch.ones_like(logprob))
+    return (totals / counts.clamp(min=1)).tolist()

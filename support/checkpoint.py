@@ -20,7 +20,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_state_dict,
 )
 
-from support import config, log, ranks
+from support import log, ranks
 
 # with one process that is what is meant
 warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized")
@@ -66,7 +66,7 @@ def save(run) -> None:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
     ranks.barrier()
-    model, optimizer = get_state_dict(run.model, run.optimizer)
+    model, optimizer = get_state_dict(run.policy, run.optimizer)
     dcp.save({"model": model, "optimizer": optimizer}, checkpoint_id=partial, no_dist=ranks.world() == 1)
     if ranks.is_main():
         state = {"sampler": run.sampler.state_dict(), "gauge": run.gauge.state_dict()}
@@ -86,7 +86,7 @@ def save(run) -> None:
     ranks.barrier()
 
 
-def resume(run) -> None:
+def resume(run, free) -> None:
     """Brings `run` to where its newest checkpoint was. ValueError names every setting that matters and has changed."""
     path = newest(run.folder)
     if path is None:
@@ -96,15 +96,15 @@ def resume(run) -> None:
     except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
         raise ValueError(f"{path / 'state.pt'} cannot be read ({error}); remove {path} and start anew") from error
     before, now = state["config"], asdict(run.cfg)
-    changed = [k for k in now if k not in config.FREE and before.get(k) != now[k]]
+    changed = [k for k in now if k not in free and before.get(k) != now[k]]
     if changed:
         differences = "; ".join(f"--{k.replace('_', '-')} was {before.get(k)} and is {now[k]}" for k in changed)
         raise ValueError(f"{run.folder} was run with other settings: {differences}. Resume with the same")
     if state["digest"] != run.digest:
         raise ValueError(f"{run.folder} was run on other prompts; the data has changed since. Resume with the same")
-    model, optimizer = get_state_dict(run.model, run.optimizer)
+    model, optimizer = get_state_dict(run.policy, run.optimizer)
     dcp.load({"model": model, "optimizer": optimizer}, checkpoint_id=path, no_dist=ranks.world() == 1)
-    set_state_dict(run.model, run.optimizer, model_state_dict=model, optim_state_dict=optimizer)
+    set_state_dict(run.policy, run.optimizer, model_state_dict=model, optim_state_dict=optimizer)
     try:
         run.sampler.load_state_dict(state["sampler"])
         run.gauge.load_state_dict(state["gauge"])
@@ -123,8 +123,8 @@ def resume(run) -> None:
 def export(run) -> None:
     """The trained model in Hugging Face format, float32."""
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-    state = get_model_state_dict(run.model.model, options=options)
+    state = get_model_state_dict(run.policy.model, options=options)
     if ranks.is_main():
-        run.model.model.save_pretrained(run.folder / "model", state_dict=state)
+        run.policy.model.save_pretrained(run.folder / "model", state_dict=state)
         run.tokenizer.save_pretrained(run.folder / "model")
     ranks.barrier()

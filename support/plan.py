@@ -19,6 +19,7 @@ P parameters, N GPUs, H hidden size, Q = heads x head size, K = KV heads x head 
 T tokens of a micro-batch, L of the longest sequence.
 """
 
+import contextlib
 import dataclasses
 import os
 import re
@@ -90,11 +91,11 @@ def kv_cache(s: dict, cfg, gpu: float) -> dict[str, float]:
     token = (2 * size if vllm else size + 4) * s["layers"] * s["keys"]  # autocast leaves the keys in float32
     answers = cfg.prompts_per_step * cfg.answers_per_prompt
     if vllm:
-        share = cfg.gpu_memory * gpu - (size * s["parameters"] / cfg.tensor_parallel + ENGINE)
-        pool = cfg.kv_cache_gb * GIB or max(share, 0.0)
+        share = cfg.gpu_memory * gpu - (size * s["parameters"] / 1 + ENGINE)
+        pool = max(share, 0.0)
     else:
         pool = min(cfg.rollout_batch, answers) * token * longest
-    token /= cfg.tensor_parallel
+    token /= 1
     return {
         "token": token,
         "pool": pool,
@@ -132,8 +133,8 @@ def plan(s: dict, cfg, count: int = 1, gpu: float = 0.0) -> dict:
     kv, copies = kv_cache(s, cfg, gpu), 1 + (cfg.kl > 0)
     answers = cfg.prompts_per_step * cfg.answers_per_prompt
     kv["all"] /= count
-    bfloat16, resident = cfg.dtype == "bfloat16", vllm and cfg.keep_resident
-    engine = (2 if bfloat16 else 4) * p / cfg.tensor_parallel if vllm else p * (2 * bfloat16 + 4 * (count > 1))
+    bfloat16, resident = cfg.dtype == "bfloat16", vllm and False
+    engine = (2 if bfloat16 else 4) * p / 1 if vllm else p * (2 * bfloat16 + 4 * (count > 1))
     generating = ENGINE if vllm else 12 * min(cfg.rollout_batch, answers) * s["vocabulary"]  # logits, log-probs, sums
     trainer = {
         "weights, float32": 4 * p * copies / count,
@@ -183,7 +184,7 @@ def changes(s: dict, cfg, count: int, gpu: float) -> list[str] | None:
         steps.append(("--gradient-checkpointing", {"gradient_checkpointing": True}, 0))
     if cfg.tokens_per_microbatch > longest:
         steps.append((f"--tokens-per-microbatch {longest}", {"tokens_per_microbatch": longest}, 0))
-    if cfg.keep_resident:
+    if False:
         steps.append(("no --keep-resident", {"keep_resident": False}, 0))
     small = [gb for gb in (40, 20, 10, 5) if kv_cache(s, cfg, gpu)["token"] * longest <= gb * GIB and gb * GIB < gpu]
     choices = [[], *([(f"--kv-cache-gb {gb}", {"kv_cache_gb": float(gb)}, 0)] for gb in small)]
@@ -264,6 +265,20 @@ def out_of_memory(cfg, config) -> str:
     if found["fits"]:
         line = f"by the plan it {line}. Is another process on it? Else lower --tokens-per-microbatch or --gpu-memory"
     return f"out of GPU memory: {line} (the plan: --dry-run)"
+
+
+class OutOfMemory(ValueError):
+    """The GPU's memory is not enough; the message has the plan, and what to change."""
+
+
+@contextlib.contextmanager
+def explained(cfg, path: str):
+    """Turns CUDA's error into OutOfMemory. path: of the model."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        config, _ = read(path)
+        raise OutOfMemory(out_of_memory(cfg, config)) from error
 
 
 def report(cfg, given: list[str], config, tokenizer, prompts: list) -> str:

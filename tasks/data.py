@@ -274,7 +274,7 @@ def normal(problem: str | list[dict]) -> str:
 
 def prepare(cfg, evaluation: dict[str, list], missing: list[str]) -> tuple[list[Pair], str]:
     """Different problems of `cfg.data`, none of `evaluation` (benchmark -> problems), and a line of what went."""
-    place = cfg.data_config, cfg.data_split, cfg.data_revision
+    place = [None, None, None]
     pairs, counts = load(cfg.data, cfg.problem_column, cfg.answer_column, cfg.difficulty, *place)
     places = {normal(problem): benchmark for benchmark, problems in evaluation.items() for problem in problems}
     kept: dict[str, Pair] = {}

@@ -1,0 +1,32 @@
+"""The folder of a run, when it begins and when it ends."""
+
+from pathlib import Path
+
+from support import checkpoint, log, plot, ranks
+
+
+def begin(run, settings: dict) -> None:
+    """Makes the run's folder its own, writes config.json into it, and opens the mirrors."""
+    claimed = checkpoint.claim(run.folder, run.cfg) if ranks.is_main() else ""
+    run.folder = Path(ranks.from_main(str(claimed)))
+    if not ranks.is_main():
+        return
+    log.write_settings(run.folder / "config.json", settings)
+    run.mirror.start(run.folder, settings, run.step)
+    where = f"run folder: {run.folder}"
+    if run.step:
+        going = "nothing left to do" if run.step >= run.cfg.steps else "going on"
+        where += f", {going} after step {run.step}"
+    print(where)
+
+
+def end(run, ended_by: int) -> None:
+    """Says what the run came to, or, where signal `ended_by` ended it, how to go on."""
+    if ranks.is_main():
+        if ended_by:
+            print(f"saved after step {run.step}; go on with --resume --out {run.folder}")
+        else:
+            rows = plot.read(run.folder / "metrics.jsonl")
+            print(log.summary(rows, log.evaluated_on(run.cfg)))
+            print(f"model: {run.folder / 'model'}, curves: {plot.curves(run.folder)}")
+    run.mirror.close()

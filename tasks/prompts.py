@@ -1,0 +1,53 @@
+"""The prompts of a run: from the embedded task, or from data; cleaned, split, and as token ids."""
+
+from support import ranks
+from tasks import benchmarks, data, tiny
+
+
+def load_prompts(cfg, tokenizer) -> tuple[list[data.Prompt], list[data.Prompt]]:
+    """Training and held-out prompts; the first rank prints what was left out. ValueError or OSError in one line."""
+    notes = []
+    if cfg.data:
+        pairs, note = clean_pairs(cfg)
+        pairs, held_out = data.split(pairs, min(cfg.eval_prompts, len(pairs) // 10))
+        notes.append(f"{note}; {len(held_out)} of them held out for evaluation")
+        if not tokenizer.chat_template:
+            notes.append(data.PLAIN_TEXT)
+    else:
+        pairs, held_out = tiny.problems(cfg.sharing, cfg.eval_prompts, cfg.difficulty, cfg.max_prompts)
+    if cfg.max_prompts:
+        pairs = pairs[: cfg.max_prompts]
+
+    # From text to token ids, once and for all.
+    thinking = {"on": True, "off": False}.get(cfg.thinking)
+    prompts, skipped = data.encode(pairs, tokenizer, cfg.max_prompt_tokens, thinking)
+    held_out, _ = data.encode(held_out, tokenizer, cfg.max_prompt_tokens, thinking)
+    if skipped:
+        notes.append(f"{skipped} of {len(prompts) + skipped} prompts exceed {cfg.max_prompt_tokens} tokens: left out")
+    if notes and ranks.is_main():
+        print("\n".join(notes))
+    if len(prompts) < cfg.prompts_per_step:
+        raise ValueError(
+            f"{len(prompts)} training prompts are fewer than the {cfg.prompts_per_step} of one step; give more data or "
+            "lower --prompts-per-step"
+        )
+    return prompts, held_out
+
+
+def clean_pairs(cfg) -> tuple[list[data.Pair], str]:
+    """Different problems of `cfg.data`, none of them in a benchmark of eval.py, and a line of what went."""
+    names = benchmarks.BENCHMARKS
+    if cfg.keep_overlap or data.is_file(cfg.data):
+        names = ()
+    tests, missing = data.evaluation_problems(names, benchmark_texts)
+    return data.prepare(cfg, tests, missing)
+
+
+def benchmark_texts(name: str) -> list:
+    _, problems, _ = benchmarks.load(name, {})
+    return [problem.text for problem in problems]
+
+
+def digest(prompts: list[data.Prompt]) -> str:
+    """sha256 of problems and answers: a run is resumed on the data it was started on."""
+    return data.fingerprint((prompt.text, prompt.answer) for prompt in prompts)

@@ -24,13 +24,14 @@ Letters: P prompts, G answers per prompt, S answers to train on, N answer tokens
 
 import math
 import random
+from collections import defaultdict
 from dataclasses import dataclass
 
 import torch
 
 from support import ranks
 from support.logprobs import MicroBatch, empty_microbatch, has_varlen, merge_equal, pack, share_out, token_logprobs
-from support.token_sums import TokenSums
+from support.token_sums import token_figures
 
 
 @dataclass
@@ -197,9 +198,10 @@ class Policy(torch.nn.Module):
     """A causal language model whose forward gives log-probs of packed answers. It is the root that FSDP needs, to have the
     head's weight at hand."""
 
-    def __init__(self, model):
+    def __init__(self, model, dtype: str = "float32"):
         super().__init__()
         self.model = model
+        self.dtype = getattr(torch, dtype)  # of computation; the weights are float32
 
     def pack(self, answers: list[Answer], tokens: int) -> list[MicroBatch]:
         """Micro-batches of at most `tokens` tokens, on the policy's device."""
@@ -211,17 +213,15 @@ class Policy(torch.nn.Module):
 
         There is no mask and no cache: given either, transformers silently lets packed answers see their neighbours.
         """
-        output = self.model.base_model(
-            input_ids=micro.input_ids, position_ids=micro.position_ids, attention_mask=None, use_cache=False
-        )
-        hidden = output.last_hidden_state.flatten(0, 1)[micro.index]  # [N, H]: only what predicts an answer token
-        return token_logprobs(hidden, self.model.get_output_embeddings().weight, micro.targets, temperature)
-
-
-def autocast(policy: torch.nn.Module, dtype: torch.dtype) -> torch.autocast:
-    """Computation in bf16, if that is the `dtype`; over several ranks FSDP's own mixed precision is in charge."""
-    on = dtype == torch.bfloat16 and ranks.world() == 1
-    return torch.autocast(next(policy.parameters()).device.type, torch.bfloat16, enabled=on)
+        low = (
+            self.dtype == torch.bfloat16 and ranks.WORLD == 1
+        )  # over several ranks FSDP's mixed precision is in charge
+        with torch.autocast(micro.targets.device.type, torch.bfloat16, enabled=low):
+            output = self.model.base_model(
+                input_ids=micro.input_ids, position_ids=micro.position_ids, attention_mask=None, use_cache=False
+            )
+            hidden = output.last_hidden_state.flatten(0, 1)[micro.index]  # [N, H]: only what predicts an answer token
+            return token_logprobs(hidden, self.model.get_output_embeddings().weight, micro.targets, temperature)
 
 
 @torch.no_grad()
@@ -235,7 +235,7 @@ def check_policy(policy: Policy) -> None:
     pair = [Answer(tuple(row[:2].tolist()), row[2:], torch.zeros(4), advantage=0.0, age=0) for row in ids]
     (micro,) = pack(pair, 12, row_length=12, device=model.device)
     with torch.autocast(model.device.type, torch.bfloat16, enabled=low):
-        ours, _ = policy(micro, 1.0)
+        ours, _ = Policy(model, "bfloat16" if low else "float32")(micro, 1.0)
         logits = model(input_ids=ids.to(model.device), use_cache=False).logits.float()
     own = torch.log_softmax(logits[:, 1:-1], -1).gather(2, ids[:, 2:, None].to(model.device))[..., 0]
     if (ours - own[micro.sequences].flatten()).abs().max() > (0.2 if low else 1e-2):
@@ -274,13 +274,16 @@ def plan_work(policy: Policy, answers: list[Answer], cfg, step: int) -> list[Wor
         lengths = torch.tensor([len(answer.tokens) for answer in batch])
         counts = torch.tensor([answer.count for answer in batch])
         weights = token_weights(lengths, cfg.normaliser, cfg.max_tokens, counts)  # over all ranks, before the split
-        mine = share_out(batch, ranks.rank(), ranks.world())
-        own = [batch[i] for i in mine]
-        micros = policy.pack(own, cfg.tokens_per_microbatch)
-        # All ranks go through a sharded model together, so that each needs as many micro-batches as the busiest.
-        most = int(ranks.largest(len(micros)))
-        micros += [empty_microbatch(device)] * (most - len(micros))
-        work.append(Work(own, weights[mine].to(device), micros))
+        if ranks.WORLD > 1:
+            mine = share_out(batch, ranks.RANK, ranks.WORLD)
+            batch = [batch[i] for i in mine]
+            weights = weights[mine]
+        micros = policy.pack(batch, cfg.tokens_per_microbatch)
+        if ranks.WORLD > 1:
+            # All ranks go through a sharded model together, so that each needs as many micro-batches as the busiest.
+            most = int(ranks.largest(len(micros)))
+            micros += [empty_microbatch(device)] * (most - len(micros))
+        work.append(Work(batch, weights.to(device), micros))
     return work
 
 
@@ -289,8 +292,7 @@ def remember_old(policy: Policy, work: list[Work], cfg) -> None:
     """Sets `old` of all answers: pi_old is the policy before the first of several optimiser steps."""
     for part in work:
         for micro in part.micros:
-            with autocast(policy, getattr(torch, cfg.dtype)):
-                logprob, _ = policy(micro, cfg.temperature)
+            logprob, _ = policy(micro, cfg.temperature)
             lengths = [len(part.answers[i].tokens) for i in micro.sequences]
             for i, old in zip(micro.sequences, logprob.split(lengths), strict=True):
                 part.answers[i].old = old
@@ -306,14 +308,16 @@ def update(policy: Policy, optimizer, answers: list[Answer], cfg, step: int, ref
     work = plan_work(policy, answers, cfg, step)
     if len(work) * cfg.epochs > 1:
         remember_old(policy, work, cfg)
-    sums = TokenSums()
+    sums: dict[str, float] = defaultdict(float)
     norms = []
     for part in work * cfg.epochs:
         for micro in part.micros:
             loss = microbatch_loss(policy, reference, part, micro, cfg, sums)
-            (loss * ranks.world()).backward()  # FSDP takes the mean over ranks, and the loss is a sum
+            (loss * ranks.WORLD).backward()  # FSDP takes the mean over ranks, and the loss is a sum
         norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), cfg.grad_clip)
-        norms.append(ranks.whole(norm).item())
+        if ranks.WORLD > 1:
+            norm = ranks.whole(norm)
+        norms.append(norm.item())
         if not math.isfinite(norms[-1]):
             raise FloatingPointError(
                 f"the gradient of step {step} is {norms[-1]}; the newest checkpoint is older: lower --lr or look at the "
@@ -322,14 +326,12 @@ def update(policy: Policy, optimizer, answers: list[Answer], cfg, step: int, ref
         optimizer.step()
         optimizer.zero_grad()
     policy.eval()
-    figures = sums.figures(optimizer_steps=len(norms))
-    return figures | {"grad_norm": sum(norms) / max(len(norms), 1), "optimizer_steps": len(norms)}
+    return token_figures(sums, norms)
 
 
-def microbatch_loss(policy: Policy, reference, part: Work, micro: MicroBatch, cfg, sums: TokenSums) -> torch.Tensor:
+def microbatch_loss(policy: Policy, reference, part: Work, micro: MicroBatch, cfg, sums: dict) -> torch.Tensor:
     """The loss of one micro-batch, summed over its tokens; adds its figures to `sums`."""
-    with autocast(policy, getattr(torch, cfg.dtype)):
-        logprob, entropy = policy(micro, cfg.temperature)  # [N] each
+    logprob, entropy = policy(micro, cfg.temperature)  # [N] each
     if not micro.sequences:
         return logprob.sum()  # nothing, but with a gradient to send through the sharded model
 
@@ -360,29 +362,29 @@ def microbatch_loss(policy: Policy, reference, part: Work, micro: MicroBatch, cf
         proximal=cfg.proximal,
     )
 
-    # For the log: how fresh and replayed tokens fared.
+    # For the log: how fresh and replayed tokens fared. Each token counts as often as its answer stands for equal ones.
     importance = torch.exp(old - behaviour)
     fresh = 1 - stale
-    sums.add("loss", loss.detach())
-    sums.add("fresh", fresh, count)
-    sums.add("stale", stale, count)
-    sums.add("fresh_clipped", clipped * fresh, count)
-    sums.add("stale_clipped", clipped * stale, count)
-    sums.add("entropy", entropy, count)
-    sums.add("mismatch", k3(behaviour, old) * fresh, count)
-    sums.add("w", importance * stale, count)
-    sums.add("w2", importance.square() * stale, count)
-    sums.largest(importance * fresh)
+    sums["loss"] += loss.item()
+    sums["fresh"] += fresh @ count
+    sums["stale"] += stale @ count
+    sums["fresh_clipped"] += (clipped * fresh) @ count
+    sums["stale_clipped"] += (clipped * stale) @ count
+    sums["entropy"] += entropy.double() @ count
+    sums["mismatch"] += (k3(behaviour, old) * fresh) @ count
+    sums["w"] += (importance * stale) @ count
+    sums["w2"] += (importance.square() * stale) @ count
+    sums["max_ratio"] = max(sums["max_ratio"], (importance * fresh).max().item())
     if cfg.is_cap and cfg.proximal == "old":
-        sums.add("capped", importance > cfg.is_cap, count)
+        sums["capped"] += (importance > cfg.is_cap).double() @ count
     if reference is None:
         return loss
 
     # k3 has the value of KL(pi || reference), but alone the gradient of the reverse one: times pi / pi_old it is right;
     # and times w, as the tokens are mu's.
-    with torch.no_grad(), autocast(policy, getattr(torch, cfg.dtype)):
+    with torch.no_grad():
         anchor, _ = reference(micro, cfg.temperature)
     importance = importance_weights(old, behaviour, cfg.is_cap)
     penalty = (k3(logprob, anchor) * torch.exp(logprob - old) * importance * weight).sum()
-    sums.add("kl", penalty.detach())
+    sums["kl"] += penalty.item()
     return loss + cfg.kl * penalty

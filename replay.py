@@ -27,9 +27,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
-from support.epochs import Epochs
+from support.epochs import Epochs, within_reach
 from support.log import reuse
-from support.select import within_reach
 from support.state import Saved, Store
 
 
@@ -139,7 +138,7 @@ class PromptReplay(Uniform):
 
     def figures(self) -> dict:
         uses = np.bincount(self.uses[self.uses > 0], minlength=1).tolist()
-        return super().figures() | {"buffer": int(self.in_band().sum()), "prompt_uses": uses}
+        return {"buffer": int(self.in_band().sum()), "prompt_uses": uses}
 
 
 class Prioritized(Uniform):
@@ -239,7 +238,7 @@ class Prioritized(Uniform):
         counts = np.bincount(self.place, minlength=3)
         rate = self.rate[seen] if seen.any() else np.zeros(1)
         priority = self.priority[seen] if seen.any() else np.zeros(1)
-        return super().figures() | {
+        return {
             "heap": int(counts[self.HEAP]),
             "solved_pool": int(counts[self.SOLVED]),
             "unsolved_pool": int(counts[self.UNSOLVED]),

@@ -22,7 +22,6 @@ import torch.distributed as dist
 
 from grpo import Answer as Sequence
 from grpo import Policy as LogProbModel
-from grpo import autocast
 from replay import Group
 from support import ranks
 from support.model import load_model
@@ -265,8 +264,7 @@ class VLLMEngine:
         pairs = zip(self.probes, groups, strict=True)
         answers = [Sequence(probe.ids, group.tokens[0], group.logprobs[0], 0.0, 0) for probe, group in pairs]
         (batch,) = model.pack(answers, 2 * PROBES * PROBE_TOKENS)
-        with autocast(model, self.dtype):
-            logprobs, _ = model(batch, 1.0)
+        logprobs, _ = model(batch, 1.0)
         engine = torch.cat([answers[i].behaviour for i in batch.sequences]).to(logprobs.device)
         return (engine - logprobs).abs().max().item()
 

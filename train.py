@@ -16,6 +16,7 @@ import copy
 import sys
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from time import perf_counter
 from typing import Literal
 
 import torch
@@ -199,7 +200,7 @@ class Run:
             tiny.make(path, sharing=cfg.sharing)
         ranks.barrier()
         model, self.tokenizer, stop_ids = load_model(path, cfg.gradient_checkpointing)
-        self.policy = grpo.Policy(model)
+        self.policy = grpo.Policy(model, cfg.dtype)
         grpo.check_policy(self.policy)
         use_varlen_attention(model)
         self.prompts, self.held_out = prompts.load_prompts(cfg, self.tokenizer)
@@ -213,7 +214,7 @@ class Run:
             self.refills = self.stores["places"]
         self.reference = None  # the model as loaded, for the KL
         if cfg.kl:
-            self.reference = grpo.Policy(copy.deepcopy(model).requires_grad_(False))
+            self.reference = grpo.Policy(copy.deepcopy(model).requires_grad_(False), cfg.dtype)
         self.engine = rollout.make_engine(cfg.engine, model, path, stop_ids, cfg)
 
         # The trainer. Over several ranks its weights are sharded, layer by layer.
@@ -247,23 +248,25 @@ def dry_run(cfg: Config, given: list[str]) -> str:
 
 def generate(run: Run, numbers: list[int], step: int) -> list[Group]:
     """Answers to this rank's share of the prompts with these numbers."""
-    mine = [run.prompts[i] for i in ranks.share(numbers)]
-    return run.engine.generate(mine, run.cfg.answers_per_prompt, run.cfg.seed, step)
+    started = perf_counter()
+    mine = [run.prompts[i] for i in numbers[ranks.RANK :: ranks.WORLD]]
+    groups = run.engine.generate(mine, run.cfg.answers_per_prompt, run.cfg.seed, step)
+    run.seconds["rollout"] += perf_counter() - started
+    return groups
 
 
-def score(run: Run, groups: list[Group]) -> None:
-    """Sets rewards and advantages of `groups`."""
+def score(run: Run, groups: list[Group]) -> list[Group]:
+    """Sets rewards and advantages of this rank's `groups`. Returns those of all ranks: every rank knows all groups, so
+    that samplers and stores stay the same everywhere."""
+    started = perf_counter()
     golds = [run.prompts[group.prompt].answer for group in groups]
     for group, values in zip(groups, reward.of_groups(groups, golds, run.tokenizer, run.reward), strict=True):
         group.rewards = torch.tensor(values, dtype=torch.float32)  # [G]
         group.advantages = grpo.advantages(group.rewards, run.cfg.advantage)
-
-
-def observe(run: Run, groups: list[Group], step: int) -> None:
-    """Tells the sampler how `groups` turned out."""
-    numbers = [group.prompt for group in groups]
-    correct = [group.num_correct for group in groups]
-    run.sampler.observe(numbers, correct, run.cfg.answers_per_prompt, step)
+    if ranks.WORLD > 1:
+        groups = ranks.gather(groups)
+    run.seconds["reward"] += perf_counter() - started
+    return groups
 
 
 def evaluate(run: Run) -> float:
@@ -276,40 +279,36 @@ def evaluate(run: Run) -> float:
     return right / max(count, 1)
 
 
-def record(run: Run, step: int, groups: list[Group], batch: list[Group], trained: dict, seconds: dict) -> dict:
+def record(run: Run, step: int, groups: list[Group], batch: list[Group], trained: dict) -> dict:
     """Counts the step as done, and returns its row of metrics.jsonl."""
     run.step = step
     run.rollouts += sum(len(group.tokens) for group in groups)
     run.tokens += sum(len(tokens) for group in groups for tokens in group.tokens)
-    run.gauge.observe(groups, run.sampler.replays)
-    graded = reward.counts()
     row = {
         "step": step,
         "rollouts": run.rollouts,  # answers generated so far, and their tokens
         "tokens": run.tokens,
         "lr": run.cfg.lr,
+        "distinct_prompts": int(run.sampler.seen.sum()),
         "trained_groups": sum(len(group.tokens) > 1 for group in batch),
-        # reward, zero_variance, mean_abs_advantage, replayed, truncated, entropy, pass_rates_fresh, pass_rates_replayed
+        "seconds_total": sum(run.seconds.values()),
+        "peak_memory_mb": log.peak_memory_mb(),
+        # seconds_rollout, seconds_reward, seconds_update, seconds_sync
+        **{f"seconds_{name}": value for name, value in run.seconds.items()},
+        # reward, zero_variance, mean_abs_advantage, replayed, truncated, entropy, pass_rates_fresh
         **log.rollout_figures(groups, run.sampler.replays),
+        # gain_epochs and gain_replay: how far a visit moves a prompt
+        **run.gauge.observe(groups, run.sampler.replays),
+        # reward_graded, reward_no_box, reward_timeouts: what became of the answers
+        **reward.counts(),
         # loss, grad_norm, clip_fraction, engine_kl, is_capped, kl, trained_tokens, ess_replayed, sync_error
         **trained,
-        # gain_epochs and gain_replay: how far a visit moves a prompt
-        **run.gauge.figures(),
-        # distinct_prompts, and what the rules say of themselves: buffer, prompt_uses, heap, stored_groups, group_ages
+        # what the rules say of themselves: buffer, prompt_uses, heap, stored_groups, group_ages
         **run.sampler.figures(),
-        # reward_graded, reward_no_box, reward_timeouts: what became of the answers
-        **dict(zip(graded, map(int, ranks.total(list(graded.values()))), strict=True)),
-        **{f"seconds_{name}": value for name, value in seconds.items()},
-        "seconds_total": sum(seconds.values()),
-        "peak_memory_mb": log.peak_memory_mb(),
     }
     for store in run.stores.values():
         row |= store.figures(step)
     return row
-
-
-def is_done(run: Run) -> bool:
-    return run.step >= run.cfg.steps or 0 < run.cfg.max_rollouts <= run.rollouts
 
 
 def train(run: Run) -> int:
@@ -323,7 +322,7 @@ def train(run: Run) -> int:
         first = {"eval_accuracy_start": evaluate(run)}
     progress = log.progress(run)
     for step in progress:
-        clock = log.Clock()
+        run.seconds = dict.fromkeys(("rollout", "reward", "update", "sync"), 0.0)
         groups: list[Group] = []  # all that are generated in this step
         useful: list[Group] = []  # those with a gradient; dead groups never reach the update
 
@@ -332,12 +331,10 @@ def train(run: Run) -> int:
             numbers = run.sampler.draw(places, step)  # replay.py: which prompts
             if not numbers:
                 break  # a small data set: all of its prompts are in this step already
-            mine = generate(run, numbers, step)  # rollout.py: G answers to each of this rank's
-            clock.lap("rollout")
-            score(run, mine)  # reward.py: 0 or 1 each; grpo.py: advantages
-            new = ranks.gather(mine)  # every rank knows all groups: samplers and stores stay the same everywhere
-            clock.lap("reward")
-            observe(run, new, step)  # replay.py: pass rates go back to the sampler, dead groups too
+            new = generate(run, numbers, step)  # rollout.py: G answers to each
+            new = score(run, new)  # reward.py: 0 or 1 each; grpo.py: advantages
+            correct = [group.num_correct for group in new]
+            run.sampler.observe(numbers, correct, cfg.answers_per_prompt, step)  # replay.py: of dead groups too
             groups += new
             useful += [group for group in new if not group.dead]
             if run.refills and len(run.refills.stored) + len(useful) >= places:
@@ -350,24 +347,26 @@ def train(run: Run) -> int:
             batch = store.complete(batch, places, step)  # replay.py
 
         # 3. The update, and the new weights into the engine.
+        started = perf_counter()
         answers = grpo.to_answers(batch, run.prompts, step, cfg.mask_truncated)
         trained = grpo.update(run.policy, run.optimizer, answers, cfg, step, run.reference)
         for store in run.stores.values():
             store.learn(trained)
-        clock.lap("update")
+        run.seconds["update"] = perf_counter() - started
         trained["sync_error"] = run.engine.sync(run.policy)  # checked, not hoped
-        clock.lap("sync")
+        run.seconds["sync"] = perf_counter() - started - run.seconds["update"]
 
         # 4. Log, evaluate, save.
-        row = record(run, step, groups, batch, trained, clock.seconds) | first
+        row = record(run, step, groups, batch, trained) | first
         first = {}
-        if evaluates and (step % cfg.eval_every == 0 or is_done(run)):
+        last = step >= cfg.steps or 0 < cfg.max_rollouts <= run.rollouts
+        if evaluates and (last or step % cfg.eval_every == 0):
             row["eval_accuracy"] = evaluate(run)
         log.write(run, row, progress, groups)
         ended_by = stop.agreed()
-        if ended_by or is_done(run) or step % cfg.save_every == 0:
+        if ended_by or last or step % cfg.save_every == 0:
             checkpoint.save(run)
-        if ended_by or is_done(run):
+        if ended_by or last:
             return ended_by
     return 0
 
@@ -388,7 +387,8 @@ def main(argv: list[str]) -> int:
         folder.begin(run, asdict(cfg) | {"given": given, "prompts_sha256": run.digest})
     failures = (rollout.EngineAstray, FloatingPointError, reward.VerifierBroken)
     with config.exits(2, plan.OutOfMemory, reward.RewardBroken), config.exits(1, *failures), plan.explained(cfg, model):
-        ended_by = 0 if is_done(run) else train(run)
+        done = run.step >= cfg.steps or 0 < cfg.max_rollouts <= run.rollouts
+        ended_by = 0 if done else train(run)
         if not ended_by:
             checkpoint.export(run)
     folder.end(run, ended_by)

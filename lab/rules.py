@@ -37,22 +37,16 @@ class GRESO(Uniform):
         self.skipped = 0
 
     def draw(self, n: int, step: int) -> list[int]:
-        room = self.begin(n, step)
-        chosen: list[int] = []
-        while len(chosen) < room:
-            x = self.next()
-            if self.passes_over(x):
-                self.skipped += 1
-            else:
-                chosen += self.take([x])
-        return chosen
+        return self.take_fresh(self.begin(n, step), self.passes_over)
 
     def passes_over(self, x: int) -> bool:
         z = int(self.in_a_row[x])
         if z == 0:
             return False
         p = self.chance[0] if z > 0 else self.chance[1]
-        return self.chance_rng.random() >= max(p ** abs(z), self.floor)
+        passed = self.chance_rng.random() >= max(p ** abs(z), self.floor)
+        self.skipped += passed
+        return passed
 
     def observe(self, prompts, num_correct, num_answers, step: int) -> None:
         if not len(prompts):
@@ -66,8 +60,7 @@ class GRESO(Uniform):
             self.chance[i] = np.clip(self.chance[i] + change, 0.05, 0.95)
 
     def figures(self) -> dict:
-        own = {"p_easy": float(self.chance[0]), "p_hard": float(self.chance[1]), "skipped": self.skipped}
-        return super().figures() | own
+        return {"p_easy": float(self.chance[0]), "p_hard": float(self.chance[1]), "skipped": self.skipped}
 
 
 # ---------------------------------------------------------------- our own rule, of prompts
@@ -166,7 +159,7 @@ class Adaptive(Uniform):
         number, total = self.fresh
         better = self.better()
         waiting = better[self.level] & (self.level >= 0)
-        return super().figures() | {
+        return {
             "worth_fresh": float(total / number) if number else 0.0,
             "levels_back": better.astype(int).tolist(),
             "buffer": int(waiting.sum()),
@@ -253,11 +246,10 @@ def drift_of(groups: list[Group], policy: grpo.Policy, prompts: list, cfg) -> li
     owner = torch.tensor(owner, device=device)
     totals = torch.zeros(len(groups), device=device)
     counts = torch.zeros(len(groups), device=device)
-    with grpo.autocast(policy, getattr(torch, cfg.dtype)):
-        for micro in policy.pack(answers, cfg.tokens_per_microbatch):
-            logprob, _ = policy(micro, cfg.temperature)  # [N]
-            behaviour = torch.cat([answers[i].behaviour for i in micro.sequences]).to(device)
-            group_of_token = owner[micro.sequences][micro.segment]  # [N]
-            totals.index_add_(0, group_of_token, grpo.k3(behaviour, logprob))
-            counts.index_add_(0, group_of_token, torch.ones_like(logprob))
+    for micro in policy.pack(answers, cfg.tokens_per_microbatch):
+        logprob, _ = policy(micro, cfg.temperature)  # [N]
+        behaviour = torch.cat([answers[i].behaviour for i in micro.sequences]).to(device)
+        group_of_token = owner[micro.sequences][micro.segment]  # [N]
+        totals.index_add_(0, group_of_token, grpo.k3(behaviour, logprob))
+        counts.index_add_(0, group_of_token, torch.ones_like(logprob))
     return (totals / counts.clamp(min=1)).tolist()

@@ -8,7 +8,6 @@ import os
 import resource
 import subprocess
 import sys
-import time
 import uuid
 from pathlib import Path
 
@@ -144,7 +143,9 @@ class Gauge(Saved):
         self.rate = np.full(num_prompts, np.nan)  # of the latest visit
         self.sums = np.zeros(6)  # number, sum and sum of squares of changes: by the epochs, by replay
 
-    def observe(self, groups: list, replays: set[int]) -> None:
+    def observe(self, groups: list, replays: set[int]) -> dict:
+        """Takes in the groups of a step. Returns, over all steps so far, the mean change with its standard error and the
+        number of changes, for visits of which there were some."""
         for group in groups:
             rate = float(group.rewards.mean())
             change = rate - self.rate[group.prompt]
@@ -152,9 +153,6 @@ class Gauge(Saved):
                 first = 3 if group.prompt in replays else 0
                 self.sums[first : first + 3] += (1, change, change**2)
             self.rate[group.prompt] = rate
-
-    def figures(self) -> dict:
-        """Mean change so far with its standard error, and the number of changes, for those of which there are some."""
         figures = {}
         for first, name in ((0, "epochs"), (3, "replay")):
             n, total, squares = self.sums[first : first + 3]
@@ -172,21 +170,6 @@ def peak_memory_mb() -> float:
         return torch.cuda.max_memory_allocated() / 2**20
     unit = 2**20 if sys.platform == "darwin" else 2**10  # macOS counts bytes, Linux kilobytes
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
-
-
-class Clock:
-    """Where the seconds of a step go: `lap(name)` ascribes those since the last lap to `name`."""
-
-    def __init__(self):
-        self.then = time.perf_counter()
-        self.seconds = dict.fromkeys(("rollout", "reward", "update", "sync"), 0.0)
-
-    def lap(self, name: str) -> None:
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        now = time.perf_counter()
-        self.seconds[name] += now - self.then
-        self.then = now
 
 
 # ---------------------------------------------------------------- one step
@@ -221,13 +204,15 @@ def samples(run, groups: list, step: int, count: int = 2) -> list[dict]:
 
 def write(run, row: dict, progress, groups: list) -> None:
     """One step to metrics.jsonl, to the console, and on evaluation steps some answers of `groups` to samples.jsonl."""
-    if not ranks.is_main():
+    if ranks.RANK > 0:
         return
     append(run.folder / "metrics.jsonl", [row])
-    run.mirror.log(row)
+    examples = []
     if "eval_accuracy" in row:
         examples = samples(run, groups, row["step"])
         append(run.folder / "samples.jsonl", examples)
+    if run.mirror.board:
+        run.mirror.log(row)
         run.mirror.samples(examples)
     progress.write(line(row, evaluated_on(run.cfg)))
 
@@ -284,8 +269,6 @@ class Mirror:
 
     def log(self, row: dict) -> None:
         """Numbers as curves, lists as histograms: they are counts of 0, 1, 2 ..."""
-        if not self.board:
-            return
         step = row["step"]
         for name, value in row.items():
             if isinstance(value, int | float) and name != "step":
@@ -308,8 +291,6 @@ class Mirror:
 
     def samples(self, rows: list[dict]) -> None:
         """Rows of samples.jsonl as text."""
-        if not self.board or not rows:
-            return
         for i, row in enumerate(rows):
             text = "\n".join(f"{name}: {value}" for name, value in row.items())
             # four spaces before each line: Markdown then leaves LaTeX and tags alone

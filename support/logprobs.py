@@ -93,31 +93,23 @@ class MicroBatch:
     sequences: list[int]  # their numbers in the list given to `pack`
 
 
-def length_of(answer) -> int:
-    """Tokens of prompt and answer together."""
-    return len(answer.prompt) + len(answer.tokens)
-
-
-def longest_first(answers: list) -> list[int]:
-    return sorted(range(len(answers)), key=lambda i: -length_of(answers[i]))
-
-
 def pack(answers: list, tokens: int, row_length: int | None = None, device="cpu") -> list[MicroBatch]:
     """Micro-batches of at most `tokens` tokens each (or one sequence, where one alone is longer), longest first.
 
     Rows are no longer than the longest sequence unless `row_length` says so: attention without a variable-length kernel
     costs rows * L^2, so that short rows are cheap, and several short sequences still share a row.
     """
-    order = longest_first(answers)
+    sizes = [len(answer.prompt) + len(answer.tokens) for answer in answers]
+    order = sorted(range(len(answers)), key=lambda i: -sizes[i])  # longest first
     batches: list[MicroBatch] = []
     while order:
-        length = max(length_of(answers[order[0]]), row_length or 0)
+        length = max(sizes[order[0]], row_length or 0)
         rows: list[list[int]] = []
         room: list[int] = []
         waiting = []
         # First fit, longest first: each sequence goes to the first row that has room for it.
         for i in order:
-            size = length_of(answers[i])
+            size = sizes[i]
             row = next((r for r, free in enumerate(room) if free >= size), None)
             if row is None and (not rows or (len(rows) + 1) * length <= tokens):
                 rows.append([])
@@ -128,30 +120,31 @@ def pack(answers: list, tokens: int, row_length: int | None = None, device="cpu"
                 continue
             rows[row].append(i)
             room[row] -= size
-        batches.append(fill_rows(answers, rows, device))
+        length = max(length - free for free in room)
+        batches.append(fill_rows(answers, rows, length, device))
         order = waiting
     return batches
 
 
-def fill_rows(answers: list, rows: list[list[int]], device) -> MicroBatch:
+def fill_rows(answers: list, rows: list[list[int]], length: int, device) -> MicroBatch:
+    """The micro-batch of answers with these numbers in each of its rows, which are `length` tokens long."""
     input_ids = []
     position_ids = []
     index = []
     targets = []
     lengths = []
-    length = max(sum(length_of(answers[i]) for i in row) for row in rows)
     for r, row in enumerate(rows):
         start = r * length
         for i in row:
             answer = answers[i]
             input_ids.append(torch.tensor(answer.prompt, dtype=torch.long))
             input_ids.append(answer.tokens.long())
-            position_ids.append(torch.arange(length_of(answer)))
+            position_ids.append(torch.arange(len(answer.prompt) + len(answer.tokens)))
             first = start + len(answer.prompt) - 1  # the last prompt token predicts the first answer token
             index.append(torch.arange(first, first + len(answer.tokens)))
             targets.append(answer.tokens.long())
             lengths.append(len(answer.tokens))
-            start += length_of(answer)
+            start += len(answer.prompt) + len(answer.tokens)
         # Unused room becomes a sequence of its own, that nothing looks at.
         tail = (r + 1) * length - start
         input_ids.append(torch.zeros(tail, dtype=torch.long))
@@ -199,4 +192,5 @@ def merge_equal(answers: list) -> list:
 def share_out(answers: list, rank: int, world: int) -> list[int]:
     """Numbers of the answers that `rank` trains on: dealt out longest first, there and back, to even out tokens."""
     turns = (rank, 2 * world - 1 - rank)
-    return [i for place, i in enumerate(longest_first(answers)) if place % (2 * world) in turns]
+    order = sorted(range(len(answers)), key=lambda i: -len(answers[i].prompt) - len(answers[i].tokens))
+    return [i for place, i in enumerate(order) if place % (2 * world) in turns]

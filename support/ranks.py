@@ -19,6 +19,10 @@ from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
 
+RANK = 0  # of this process, and how many there are; `start` sets them
+WORLD = 1
+
+
 def start() -> None:
     """Joins the process group that torchrun has prepared. Before anything else that may make one (vLLM does)."""
     if int(os.environ.get("WORLD_SIZE", 1)) == 1 or dist.is_initialized():
@@ -29,6 +33,9 @@ def start() -> None:
     # a rank that died is noticed by its peers at once; one that is stuck, after this long
     backend = "cpu:gloo,cuda:nccl" if device else "gloo"
     dist.init_process_group(backend, timeout=timedelta(minutes=30), device_id=device)
+    global RANK, WORLD
+    RANK = dist.get_rank()
+    WORLD = dist.get_world_size()
 
 
 def stop() -> None:
@@ -37,41 +44,41 @@ def stop() -> None:
 
 
 def rank() -> int:
-    return dist.get_rank() if dist.is_initialized() else 0
+    return RANK
 
 
 def world() -> int:
-    return dist.get_world_size() if dist.is_initialized() else 1
+    return WORLD
 
 
 def is_main() -> bool:
-    return rank() == 0
+    return RANK == 0
 
 
 def barrier() -> None:
-    if world() > 1:
+    if WORLD > 1:
         dist.barrier()
 
 
 def share(items: list) -> list:
     """This rank's part of a list that all ranks have."""
-    return items[rank() :: world()]
+    return items[RANK::WORLD]
 
 
 def gather(items: list) -> list:
     """The list whose `share` each rank holds, in its first order, on every rank."""
-    if world() == 1:
+    if WORLD == 1:
         return items
-    parts: list[list] = [[] for _ in range(world())]
+    parts: list[list] = [[] for _ in range(WORLD)]
     dist.all_gather_object(parts, items)
     total = sum(map(len, parts))
-    return [parts[i % world()][i // world()] for i in range(total)]
+    return [parts[i % WORLD][i // WORLD] for i in range(total)]
 
 
 def from_main(value):
     """Rank 0's value, on every rank."""
     box = [value]
-    if world() > 1:
+    if WORLD > 1:
         dist.broadcast_object_list(box)
     return box[0]
 
@@ -79,7 +86,7 @@ def from_main(value):
 def total(values: list[float]) -> list[float]:
     """Sums over ranks."""
     sums = torch.tensor(values, dtype=torch.float64)
-    if world() > 1:
+    if WORLD > 1:
         dist.all_reduce(sums)
     return sums.tolist()
 
@@ -87,7 +94,7 @@ def total(values: list[float]) -> list[float]:
 def largest(value: float) -> float:
     """Over ranks."""
     most = torch.tensor(float(value), dtype=torch.float64)
-    if world() > 1:
+    if WORLD > 1:
         dist.all_reduce(most, dist.ReduceOp.MAX)
     return most.item()
 
@@ -108,13 +115,15 @@ class Stop:
 
     def agreed(self) -> int:
         """The signal that any rank has had, so that all of them leave after the same step."""
-        return int(largest(self.signal))  # never assigned: a signal that comes right now must not be lost
+        if WORLD == 1:
+            return self.signal
+        return int(largest(self.signal))
 
 
 def shard(module: torch.nn.Module, layers: list[torch.nn.Module], bfloat16: bool) -> None:
     """Shards parameters, gradients and optimiser states over all ranks, each of `layers` on its own; weights stay in
     float32, computation is in bfloat16, gradients are reduced in float32."""
-    if world() == 1:
+    if WORLD == 1:
         return
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32) if bfloat16 else None
     for part in [*layers, module]:

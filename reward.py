@@ -25,53 +25,35 @@ from collections.abc import Callable
 from fractions import Fraction
 
 from tasks.answers import LONGEST, matching_braces
-from tasks.grader import Grader, VerifierBroken
-
-__all__ = ["RewardBroken", "VerifierBroken", "boxed", "counts", "gold_text", "grade", "load", "start"]
+from tasks.grader import Grader, VerifierBroken  # noqa: F401 (the error is for those who call `grade`)
 
 Reward = Callable[[list[str], list], list[float]]  # responses and golds -> a reward from 0 to 1 for each
 
 GRADER = Grader()
+start = GRADER.start  # for the trainer, before CUDA is there; `grade` starts the children if need be
 BOX = re.compile(r"\\boxed\s*\{")
 PLAIN_NUMBER = re.compile(r"[-+]?(?:\d+(?:/0*[1-9]\d*)?|\d+\.\d*|\.\d+)")
 
 
 def boxed(response: str) -> str | None:
     """The content of the last box (rules 1 to 3), or None."""
-    if not isinstance(response, str):
-        return None
-    text = response.rpartition("</think>")[2]
-    if "<think>" in text:
-        return None
+    text = response.rpartition("</think>")[2] if isinstance(response, str) else ""
     openings = [match.end() - 1 for match in BOX.finditer(text)]
-    if not openings:
+    if "<think>" in text or not openings:
         return None
-    opening = openings[-1]
-    closing = matching_braces(text, opening).get(opening)
+    closing = matching_braces(text, openings[-1]).get(openings[-1])
     if closing is None:
         return None
-    return text[opening + 1 : closing].strip() or None
+    return text[openings[-1] + 1 : closing].strip() or None
 
 
 def gold_text(gold) -> str:
     """The gold answer without its box; "" if there is none."""
-    if gold is None:
-        return ""
     try:
-        text = str(gold)
+        text = "" if gold is None else str(gold)
     except Exception:  # for example an int of 5000 digits
         return ""
-    if r"\boxed" in text:
-        return boxed(text) or ""
-    return text.strip()
-
-
-# ---- the rule
-
-
-def start() -> None:
-    """Starts the children that judge answers. `grade` does so if need be, but they should not inherit CUDA's state."""
-    GRADER.start()
+    return (boxed(text) or "") if r"\boxed" in text else text.strip()
 
 
 def quick(gold: str, answer: str | None) -> str | None:
@@ -90,10 +72,8 @@ def quick(gold: str, answer: str | None) -> str | None:
 
 
 def grade(responses: list[str], golds: list) -> list[float]:
-    """1.0 for each response that is right, else 0.0. Any thread may call it.
-
-    VerifierBroken if more of the answers than grader.BROKEN cannot be judged at all.
-    """
+    """1.0 for each response that is right, else 0.0. Any thread may call it. VerifierBroken if too many of the answers
+    cannot be judged at all (grader.BROKEN)."""
     # Equal pairs are judged once: the answers of a group often are.
     pairs = []
     for response, gold in zip(responses, golds, strict=True):
@@ -148,9 +128,8 @@ def grade_always(responses: list[str], golds: list) -> list[float]:
     return [1.0 for _ in responses]
 
 
-# The controls do not look at the gold.
-CONTROLS: dict[str, Reward] = {"random": grade_random, "always": grade_always, "format": grade_format}
-REWARDS: dict[str, Reward] = {"math": grade, "equation": grade_equation} | CONTROLS
+CONTROLS = {"random": grade_random, "always": grade_always, "format": grade_format}  # they do not look at the gold
+REWARDS = {"math": grade, "equation": grade_equation} | CONTROLS
 
 
 # ---- a reward of the user's own
@@ -162,9 +141,7 @@ class RewardBroken(ValueError):
 
 def load(name: str) -> Reward:
     """The reward called `name`, or the function in `path/to/file.py:function`, checked at every call (RewardBroken).
-
-    ValueError or FileNotFoundError if there is none.
-    """
+    ValueError or FileNotFoundError if there is none."""
     if name in REWARDS:
         return REWARDS[name]
     function = load_function(name)
@@ -188,6 +165,8 @@ def load_function(name: str) -> Callable:
         raise ValueError(f"--reward {name}: say {', '.join(REWARDS)} or path/to/file.py:function")
     if not os.path.isfile(path):
         raise FileNotFoundError(f"--reward {name}: there is no file {os.path.abspath(path)}")
+
+    # The file becomes a module, wherever it lies.
     spec = importlib.util.spec_from_file_location("user_reward", path)
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # dataclasses look their module up there
@@ -207,6 +186,8 @@ def check_rewards(name: str, rewards, count: int) -> list[float]:
         rewards = rewards.tolist()
     if not isinstance(rewards, list | tuple) or len(rewards) != count:
         raise RewardBroken(f"--reward {name}: return a list of {count} rewards, one for each response")
+
+    # Each must be a number from 0 to 1, and no nan.
     checked = []
     for reward in rewards:
         if hasattr(reward, "item"):

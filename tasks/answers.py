@@ -101,7 +101,7 @@ SIGNS = {
     "∞": "infty",
     "°": "circ degree",
     "%": "%",
-    "|": "mid vert lvert rvert middle|",
+    "|": "mid vert lvert rvert",
     "-": "− –",
     # What separates.
     "⏎": "\\",
@@ -112,7 +112,7 @@ SIGNS = {
     r"\overline": "bar",
     "^": "**",
     # What only decorates.
-    "": "$ € £ ! ( ) [ ] left right big Big bigl bigr displaystyle",
+    "": "$ € £ ! ( ) [ ] left right middle big Big bigl bigr displaystyle",
     r"\frac": "dfrac tfrac cfrac",
     r"\text": "textbf textit textrm mathrm mbox textnormal",
     r"\binom": "dbinom tbinom",

@@ -59,10 +59,19 @@ class Child:
     def restart(self) -> None:
         self.process.kill()
         self.process.wait()
-        self.process.stdin.close()
-        self.process.stdout.close()
-        self.process = None
+        self.close()
         self.start()
+
+    def close(self) -> None:
+        """Lets the process go: it ends when nobody can ask it any more."""
+        if self.process is not None:
+            self.process.stdin.close()
+            self.process.stdout.close()
+            self.process = None
+
+    def __del__(self):
+        # A Popen that is given up keeps itself, and its pipes, until its process has ended.
+        self.close()
 
     def judge(self, gold: str, answer: str) -> str:
         """The verdict: `right` or `wrong`; `timeouts` or `kills` if the answer cost the child its life; `failed` if no

@@ -1,17 +1,17 @@
 r"""Is this answer right? `grade(responses, golds)` says 1.0 or 0.0 for each.
 
-1. If the response contains `</think>`, only the text after the last one is scored. A `<think>` left open scores 0.
+1. If the response contains `</think>`, only the text after the last one is scored. An open `<think>` scores 0.
 2. The answer is the content of the last `\boxed{...}`, braces matched; unclosed or empty scores 0.
 3. No box scores 0.
-4. Equality is mathematical and exact: 0.5 is 1/2, 0.333 is not 1/3. Lists are unordered, tuples ordered, [2,5) is not
-   [2,5], and all that is in the box counts: `5 \text{ or } 6` is not 5, nor is `7=5`.
-5. Units, degree, percent and currency signs may be there or not (5 cm is 5, though not 5 km). So may the name in
-   `x = 5` (though x = 5 is not y = 5) and the braces of a set.
-6. No response makes `grade` raise, costs more than 3 seconds of a processor and 1 GB, or costs another response its
-   score. A busy machine changes no score.
+4. Equality is mathematical and exact: 0.5 is 1/2, 0.333 is not 1/3. Lists are unordered, tuples ordered,
+   [2,5) is not [2,5], and all that is in the box counts: `5 \text{ or } 6` is not 5, nor is `7=5`.
+5. Units, degree, percent and currency signs may be there or not (5 cm is 5, though not 5 km). So may the name
+   in `x = 5` (though x = 5 is not y = 5) and the braces of a set.
+6. No response makes `grade` raise, costs more than 3 seconds of a processor and 1 GB, or costs another
+   response its score. A busy machine changes no score.
 
-What is equal is decided in tasks/answers.py, in child processes that tasks/grader.py can kill. Plain numbers and known
-pairs need no child.
+What is equal is decided in tasks/answers.py, in child processes that tasks/grader.py can kill. Plain numbers
+and known pairs need no child.
 """
 
 import importlib.util
@@ -41,6 +41,7 @@ def boxed(response: str) -> str | None:
     openings = [match.end() - 1 for match in BOX.finditer(text)]
     if "<think>" in text or not openings:
         return None
+    # The last box counts, though it is never closed: what stands before it was no final answer.
     closing = matching_braces(text, openings[-1]).get(openings[-1])
     if closing is None:
         return None
@@ -66,14 +67,15 @@ def quick(gold: str, answer: str | None) -> str | None:
         return "wrong"
     if answer == gold:
         return "right"
+    # Most answers are plain numbers; their length is bounded by now, and they have no exponents.
     if PLAIN_NUMBER.fullmatch(gold) and PLAIN_NUMBER.fullmatch(answer):
         return "right" if Fraction(gold) == Fraction(answer) else "wrong"
     return None
 
 
 def grade(responses: list[str], golds: list) -> list[float]:
-    """1.0 for each response that is right, else 0.0. Any thread may call it. VerifierBroken if too many of the answers
-    cannot be judged at all (grader.BROKEN)."""
+    """1.0 for each response that is right, else 0.0. Any thread may call it. VerifierBroken if too many of
+    the answers cannot be judged at all (grader.BROKEN)."""
     # Equal pairs are judged once: the answers of a group often are.
     pairs = []
     for response, gold in zip(responses, golds, strict=True):
@@ -101,7 +103,7 @@ def counts() -> dict[str, int]:
 
 
 def grade_equation(responses: list[str], golds: list) -> list[float]:
-    """For the embedded arithmetic task: `40503150=05354` is right for 5354. One `=`, then digits and nothing else."""
+    """For the embedded arithmetic task: `40503150=05354` is right for 5354. Only digits may follow `=`."""
     rewards = []
     for response, gold in zip(responses, golds, strict=True):
         text = response if isinstance(response, str) else ""
@@ -113,7 +115,7 @@ def grade_equation(responses: list[str], golds: list) -> list[float]:
 
 
 def grade_random(responses: list[str], golds: list) -> list[float]:
-    """A coin for each response, equal ones too. The same call gets the same coins, so that a run can be repeated."""
+    """A coin for each response, equal ones too. The same call gets the same coins: a run can be repeated."""
     coins = random.Random(ascii((responses, golds)))
     return [float(coins.random() < 0.5) for _ in responses]
 
@@ -140,8 +142,8 @@ class RewardBroken(ValueError):
 
 
 def load(name: str) -> Reward:
-    """The reward called `name`, or the function in `path/to/file.py:function`, checked at every call (RewardBroken).
-    ValueError or FileNotFoundError if there is none."""
+    """The reward called `name`, or the function in `path/to/file.py:function`, checked at every call
+    (RewardBroken). ValueError or FileNotFoundError if there is none."""
     if name in REWARDS:
         return REWARDS[name]
     function = load_function(name)

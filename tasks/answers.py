@@ -1,12 +1,13 @@
-r"""Are two answers equal? `equal(gold, answer)`. Rules 4 and 5 of reward.py. grader.py runs this file in its children.
+r"""Are two answers equal? `equal(gold, answer)`. Rules 4 and 5 of reward.py. grader.py runs this file in its
+children.
 
-Lists, tuples, intervals and relations are taken apart here; then math-verify's LaTeX reader turns each expression into
-sympy's, and the difference of two is evaluated to 600 digits.
+Lists, tuples, intervals and relations are taken apart here; then math-verify's LaTeX reader turns each
+expression into sympy's, and the difference of two is evaluated to 600 digits.
 
-Known limits. Right but scored 0: overlapping unions, `\mathbb{R} \setminus`, odd roots of negative numbers, `\cdots`,
-50% for 1/2, `\mathbb{R}` as an interval. Too kind: words after a number are its unit, and few units are compared;
-formulas with variables are compared at random real points (`\sqrt{x}^2` is x); `2e-1` is 0.2; "and" and "or" are both a
-comma; all `\pm` go together; `100,200` may be a list or a number.
+Known limits. Right but scored 0: overlapping unions, `\mathbb{R} \setminus`, odd roots of negative numbers,
+`\cdots`, 50% for 1/2, `\mathbb{R}` as an interval. Too kind: words after a number are its unit, and few units
+are compared; formulas with variables are compared at random real points (`\sqrt{x}^2` is x); `2e-1` is 0.2;
+"and" and "or" are both a comma; all `\pm` go together; `100,200` may be a list or a number.
 """
 
 import json
@@ -26,13 +27,14 @@ LONGEST = 400  # characters of an answer; the longest gold of the six benchmarks
 # ---- what data.py and reward.py need as well: both are linear in the length of the text
 
 BRACE = re.compile(r"\\.|[{}]", re.DOTALL)
-# A run and the letter before it, to which its first accent belongs. The length is bounded because the normal form of
-# very many accents takes quadratic time.
+# A run and the letter before it, to which its first accent belongs. The length is bounded because the normal
+# form of very many accents takes quadratic time.
 NOT_ASCII = re.compile(r"[\x00-\x7f]?[^\x00-\x7f]{1,500}")
 
 
 def matching_braces(text: str, start: int = 0) -> dict[int, int]:
-    r"""The place of each `{` from `start` on, and of the `}` that closes it. Those of `\{` and `\}` do not count."""
+    r"""The place of each `{` from `start` on, and of the `}` that closes it. Those of `\{` and `\}` do not
+    count."""
     matching = {}
     opened = []
     for match in BRACE.finditer(text, start):
@@ -74,8 +76,8 @@ def unicode_kind(letter: str) -> str:
 
 # ---- one spelling: each sign that carries structure becomes a single character
 
-# What a sign is called, by LaTeX (without the backslash) or by other signs. ⦃ ⦄ are the braces of a set, ⟦ ⟧ the
-# brackets of a matrix, ⏎ the end of its row.
+# What a sign is called, by LaTeX (without the backslash) or by other signs. ⦃ ⦄ are the braces of a set, ⟦ ⟧
+# the brackets of a matrix, ⏎ the end of its row.
 SIGNS = {
     # Relations.
     "=": "in ∈",
@@ -187,7 +189,8 @@ def repeating_decimal(match: re.Match) -> str:
 
 
 def gcd_of_letters(match: re.Match) -> str:
-    """sympy takes the gcd of letters for 1 and the lcm for their product. Here it is a name, whatever their order."""
+    """sympy takes the gcd of letters for 1 and the lcm for their product. Here it is a name, whatever their
+    order."""
     which, first, second = match.groups()
     if (first + second).isdigit():
         return match[0]
@@ -215,7 +218,8 @@ FOR_SYMPY = [
     (r"(?<![\w.^}])(\d+)\\frac\{(\d+)\}\{(\d+)\}", r"(\1+\\frac{\2}{\3})", r"2\frac{1}{2}", r"(2+\frac{1}{2})"),
     (r"(\d)\.(?!\d|\\overline)", r"\1", "5.", "5"),
     (r"(?<![\d.^}\w])(\d+)/(\d+) ?(?=[A-Za-zπ\\])", r"\\frac{\1}{\2}", "4/3π", r"\frac{4}{3}π"),
-    # It takes Gamma and gamma for the function, E_1 and e_1 for Euler's number, and I for i: they get other names.
+    # It takes Gamma and gamma for the function, E_1 and e_1 for Euler's number, and I for i: they get other
+    # names.
     (r"\\Gamma(?!\()", r"\\Upsilon ", r"\Gamma+1", r"\Upsilon +1"),
     (r"\\gamma(?![A-Za-z])", r"\\upsilon ", r"\gamma+1", r"\upsilon +1"),
     (r"(?<![A-Za-z\\])E(?=_)", r"\\Psi ", "E_{1}+1", r"\Psi _{1}+1"),
@@ -228,7 +232,8 @@ FOR_SYMPY = [
     (r"(?<![\w.^}])(\d[0-9A-F]*)_\{?(\d+)\}?(?!\w)", to_base_ten, "52_{8}", "42"),
 ]
 
-# What is not one expression, what the reader takes for another, and numbers beyond all bounds: pattern and example.
+# What is not one expression, what the reader takes for another, and numbers beyond all bounds: pattern and
+# example.
 MISREAD = [
     (r"!!", "5!!"),
     (r"\d\._?\d*\.\d", "5.5.5"),
@@ -335,7 +340,8 @@ def ends(text: str) -> str:
 
 
 def members(text: str) -> list[str]:
-    r"""Of a list, set or union; one for anything else. `1±2` has two; `{5}`, `(5)` and `\text{(C)}` have one."""
+    r"""Of a list, set or union; one for anything else. `1±2` has two; `{5}`, `(5)` and `\text{(C)}` have
+    one."""
     # What stands around a single value goes, and so does the name of a set.
     while re.fullmatch(r"\\text\{[^{}]*\}", text) or (ends(text) in ("{}", "()") and not re.search("[,;]", text)):
         text = text.removeprefix(r"\text")[1:-1].strip(" .")
@@ -356,7 +362,8 @@ def members(text: str) -> list[str]:
 
 
 def relation(text: str) -> list[str]:
-    """[text, sign, text, ...], the small side first. Bounds on a name become an interval: `2<x` is [x, =, (2,∞)]."""
+    """[text, sign, text, ...], the small side first. Bounds on a name become an interval: `2<x` is [x, =,
+    (2,∞)]."""
     pieces = split(text, "=≠<>≤≥≈≡→")
     if len(pieces) > 1 and set(pieces[1::2]) <= {">", "≥"}:
         turned = str.maketrans(">≥", "<≤")
@@ -383,7 +390,8 @@ def values_in_order(text: str) -> list[str]:
 
 
 def by_name(named: list[str], text: str) -> bool | None:
-    """Do `x=1`, `y=2` have the values of a `text` without names, in order? None if that is not the question."""
+    """Do `x=1`, `y=2` have the values of a `text` without names, in order? None if that is not the
+    question."""
     if len(named) < 2:
         return None
     names = []
@@ -552,8 +560,9 @@ def expression(text: str):
         if sign > "~":
             text = text.replace(sign, f"\\{names.split()[0]} ")
     if any(re.search(pattern, text) for pattern, _ in MISREAD):
-        raise ValueError("not one expression, one that the reader takes for another, or a number beyond all bounds")
-    x = latex2sympy(text, normalization_config=None, conversion_config=ConversionConfig(lowercase_symbols=False))
+        raise ValueError("not one expression, one that is taken for another, or a number beyond all bounds")
+    config = ConversionConfig(lowercase_symbols=False)
+    x = latex2sympy(text, normalization_config=None, conversion_config=config)
 
     # Decimals are exact, and i is imaginary unless it is an index.
     exact = {atom: Rational(str(atom)) for atom in x.atoms(Float)}
@@ -568,8 +577,9 @@ def expression(text: str):
 
 
 def agree(x, y) -> bool:
-    """Equal at random points, those where both are real: near zero, then far from it; at whole numbers for steps such
-    as floor(n/2), and where nothing was real, as (-1)^n. To more digits than an answer can hold."""
+    """Equal at random points, those where both are real: near zero, then far from it; at whole numbers for
+    steps such as floor(n/2), and where nothing was real, as (-1)^n. To more digits than an answer can
+    hold."""
     from sympy import I, Rational, ceiling, floor
 
     names = sorted((x - y).free_symbols, key=str)
@@ -623,7 +633,8 @@ def memory_peak() -> int:
 
 
 def worker() -> None:
-    """The child: reads [gold, answer] lines, says right or wrong. If `equal` raises, it dies, which counts as wrong."""
+    """The child: reads [gold, answer] lines, says right or wrong. If `equal` raises, it dies, which counts as
+    wrong."""
     import resource
 
     # What a library may print is no verdict.

@@ -1,17 +1,21 @@
-r"""Training prompts: known maths sets, any other of Hugging Face, and local files (tiny.py has the embedded task).
+r"""Training prompts: known maths sets, any other of Hugging Face, and local files (tiny.py has the embedded
+task).
 
-A prompt is text (or chat messages), its token ids as the model will see them, made once, here, and a gold answer.
+A prompt is text (or chat messages), its token ids as the model will see them, made once, here, and a gold
+answer.
 
     python train.py                                            # the embedded task
     python train.py --model ID --data polaris                  # or dolci, dapo, gsm8k, math: see SOURCES
     python train.py --model ID --data polaris --difficulty 0.125 0.75    # by its column of pass rates
     python train.py --model ID --data polaris=FILE.parquet     # a copy of it, for machines without network
     python train.py --model ID --data OWNER/NAME --problem-column question --answer-column gold
-    python train.py --model ID --data train.jsonl              # one JSON object a line: {"problem": ..., "answer": ...}
+    python train.py --model ID --data train.jsonl              # one JSON object a line: {"problem": ...,
+    "answer": ...}
 
-Problems that are the same after `normal` are one: the first is kept, and none of the evaluation sets; all are counted.
-Known sets are read at the revisions in SOURCES, as several public projects pin them (we have not compared them with the
-hub); without one, the newest, or --data-revision HASH. Whatever the hub does, `fingerprint` tells what was used.
+Problems that are the same after `normal` are one: the first is kept, and none of the evaluation sets; all are
+counted. Known sets are read at the revisions in SOURCES, as several public projects pin them (we have not
+compared them with the hub); without one, the newest, or --data-revision HASH. Whatever the hub does,
+`fingerprint` tells what was used.
 """
 
 import csv
@@ -55,7 +59,8 @@ Pair = tuple[str | list[dict], str]  # problem (text or chat messages), answer
 
 @dataclass(frozen=True)
 class Prompt:
-    """One problem: its place in the data set, what is asked, the gold answer, and the tokens the model sees."""
+    """One problem: its place in the data set, what is asked, the gold answer, and the tokens the model
+    sees."""
 
     index: int
     text: str | list[dict]  # plain text, or chat messages
@@ -94,7 +99,8 @@ SOURCES = {
     "gsm8k": Source("openai/gsm8k", config="main", revision="740312add88f781978c0658806c59bc2815b9866"),
     # 7.5 k; the answer is the last box of the solution.
     "math": Source("DigitalLearningGmbH/MATH-lighteval", revision="0530c78699ea5e8eb5530600900e1f328b48acad"),
-    # Relatives: DAPO's problems a hundred times each in an "Answer: $Answer" wrapper; and 102 k of many subjects.
+    # Relatives: DAPO's problems a hundred times each in an "Answer: $Answer" wrapper; and 102 k of many
+    # subjects.
     "dapo-raw": Source("BytedTsinghua-SIA/DAPO-Math-17k", problem=("prompt",), answer=("reward_model",)),
     "dolci-think": Source(
         "allenai/Dolci-Think-RL-7B", problem=("messages", "prompt"), answer=("ground_truth",), maths=False
@@ -106,24 +112,25 @@ SOURCES = {
 
 
 def read_rows(path: str) -> list[dict]:
-    """Rows of a local .jsonl, .json, .parquet or .csv file. ValueError or OSError says what is wrong, and where."""
+    """Rows of a local .jsonl, .json, .parquet or .csv file. ValueError or OSError says what is wrong, and
+    where."""
     file = Path(path)
     if not file.is_file():
-        raise FileNotFoundError(f"no data file at {path}; give an existing .jsonl, .json, .parquet or .csv file")
+        raise FileNotFoundError(f"no data file at {path}; give an existing file of {', '.join(KINDS)}")
     if file.suffix not in KINDS:
         raise ValueError(f"{path}: this kind of file is not read; use .jsonl, .json, .parquet or .csv")
     if file.suffix == ".parquet":
         rows = read_parquet(path)
     else:
-        # Plain json and csv rather than Arrow: an answer column that mixes 5 and "5/2" is common, and the number of a
-        # wrong line is exact.
+        # Plain json and csv rather than Arrow: an answer column that mixes 5 and "5/2" is common, and the
+        # number of a wrong line is exact.
         try:
             text = file.read_text(encoding="utf-8-sig")  # with or without a byte order mark
         except UnicodeDecodeError as error:
             raise ValueError(f"{path} is not UTF-8 text ({error}); save it as UTF-8") from error
         rows = read_csv(path, text) if file.suffix == ".csv" else read_json(path, text)
     if not rows:
-        raise ValueError(f"{path} has no rows, it is empty; it needs at least as many as there are prompts in a step")
+        raise ValueError(f"{path} has no rows, it is empty; give it as many as there are prompts in a step")
     for n, row in enumerate(rows, 1):
         if not isinstance(row, dict):
             kind = "null" if row is None else type(row).__name__
@@ -174,7 +181,7 @@ def parse_json(text: str, where: str):
     except json.JSONDecodeError as error:
         raise ValueError(f"{where} is not JSON ({error}); write one JSON object a line") from error
     except RecursionError as error:
-        raise ValueError(f"{where} is JSON in more levels than can be read; write a problem and an answer") from error
+        raise ValueError(f"{where} is JSON in more levels than can be read; write plain texts") from error
     except ValueError as error:  # an integer of more than 4300 digits
         raise ValueError(f"{where} cannot be read ({error}); write it as text") from error
 
@@ -182,7 +189,8 @@ def parse_json(text: str, where: str):
 def check_columns(path: str, names: Iterable[str]) -> None:
     repeated = [name for name, count in Counter(names).items() if count > 1]
     if repeated:
-        raise ValueError(f"{path} has several columns {' and '.join(map(repr, repeated))}; give each its own name")
+        names = " and ".join(map(repr, repeated))
+        raise ValueError(f"{path} has several columns {names}; give each its own name")
 
 
 def one_line(error: Exception) -> str:
@@ -190,14 +198,15 @@ def one_line(error: Exception) -> str:
 
 
 def fetch(hub: str, config: str | None, split: str, revision: str | None, copy: str) -> Iterable[dict]:
-    """Rows of a data set of Hugging Face. ValueError says in one line how to go on; `copy` is how to name a file."""
+    """Rows of a data set of Hugging Face. ValueError says in one line how to go on; `copy` is how to name a
+    file."""
     import datasets
 
     datasets.disable_progress_bars()
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # a dozen lines about retries
     try:
         return datasets.load_dataset(hub, config, split=split, revision=revision)
-    except Exception as error:  # of the hub, the network, the cache, the file format: a dozen kinds, some of many lines
+    except Exception as error:  # of the hub, the network, the cache, the file: a dozen kinds, some of many lines
         what = one_line(error)
         if "gated" in what:
             how = "ask for access on its page and log in with `hf auth login`"
@@ -205,7 +214,8 @@ def fetch(hub: str, config: str | None, split: str, revision: str | None, copy: 
             how = "go online"
         else:
             how = "choose with --data-config, --data-split or --data-revision"
-        raise ValueError(f"{hub} cannot be loaded ({what}): {how}, or fetch it elsewhere and give {copy}") from error
+        message = f"{hub} cannot be loaded ({what}): {how}, or fetch it elsewhere and give {copy}"
+        raise ValueError(message) from error
 
 
 def select(rows: Iterable[dict], where: str, maths: bool, difficulty, counts: Counter) -> Iterator[dict]:
@@ -222,7 +232,8 @@ def select(rows: Iterable[dict], where: str, maths: bool, difficulty, counts: Co
     for n, row in enumerate(rows, 1):
         counts["rows"] += 1
         if not set(needed) <= set(row):
-            raise ValueError(f"{where} row {n} lacks {' or '.join(needed)} to select by; it has {', '.join(row)}")
+            has = ", ".join(row)
+            raise ValueError(f"{where} row {n} lacks {' or '.join(needed)} to select by; it has {has}")
         if not maths:
             row = maths_of(row)
             if row is None:
@@ -270,9 +281,9 @@ def pick_column(row: dict, wanted: str | None, usual: tuple[str, ...], flag: str
     for name in names:
         if name in row:
             return name
-    raise ValueError(
-        f"{path} has no column {' or '.join(map(repr, names))}; it has {', '.join(row)}: name one of them with {flag}"
-    )
+    wish = " or ".join(map(repr, names))
+    has = ", ".join(row)
+    raise ValueError(f"{path} has no column {wish}; it has {has}: name one of them with {flag}")
 
 
 def from_rows(
@@ -283,10 +294,11 @@ def from_rows(
     source: Source | None = None,
     left_out: Counter | None = None,
 ) -> list[Pair]:
-    """(problem, answer) pairs. ValueError names the row whose problem or answer is missing, empty or too long.
+    """(problem, answer) pairs. ValueError names the row whose problem or answer is missing, empty or too
+    long.
 
-    With a Counter `left_out`, for data that is not the user's own, such a row is left out and counted, and wrappers are
-    taken off. `source` says which columns there are.
+    With a Counter `left_out`, for data that is not the user's own, such a row is left out and counted, and
+    wrappers are taken off. `source` says which columns there are.
     """
     problems = source.problem if source else PROBLEM_COLUMNS
     answers = source.answer if source else ANSWER_COLUMNS
@@ -318,9 +330,10 @@ def from_rows(
             wrong = f"an empty {problem!r} (it takes text, or messages with a role and a text as content)"
         else:
             wrong = f"no final answer in {answer!r}"
-        raise ValueError(f"{path} row {n} has {wrong}; give every row a problem and an answer, or take it out")
+        how = "give every row a problem and an answer, or take it out"
+        raise ValueError(f"{path} row {n} has {wrong}; {how}")
     if not problem:
-        raise ValueError(f"{path} has no rows; it needs at least as many as there are prompts in a step")
+        raise ValueError(f"{path} has no rows; give it as many as there are prompts in a step")
     return pairs
 
 
@@ -357,7 +370,8 @@ def question(value) -> str | list[dict]:
 
 
 def final_answer(value) -> str:
-    r"""The last \boxed{}, or what follows the last ####, or all of it; "" where there is none. Of a list the first."""
+    r"""The last \boxed{}, or what follows the last ####, or all of it; "" where there is none. Of a list the
+    first."""
     if isinstance(value, dict):
         value = value.get("ground_truth")
     if isinstance(value, list):
@@ -406,7 +420,8 @@ def load_pairs(
     if own or (source and copy):
         where = copy or name
         if config or split or revision:
-            raise ValueError(f"--data-config, --data-split and --data-revision are for the hub, and {where} is a file")
+            flags = "--data-config, --data-split and --data-revision"
+            raise ValueError(f"{flags} are for the hub, and {where} is a file")
         rows = read_rows(where)
     # From the hub: a known set, or any other.
     elif source:
@@ -436,14 +451,19 @@ def is_file(name: str) -> bool:
 
 
 def normal(problem: str | list[dict]) -> str:
-    """What is left when case, white space, wrappers, typesetting and punctuation do not count. Operators, brackets and
-    decimal points do: 3+4 and 3-4 are two problems, and so are 2²+1 and 22+1."""
+    """What is left when case, white space, wrappers, typesetting and punctuation do not count. Operators,
+    brackets and decimal points do: 3+4 and 3-4 are two problems, and so are 2²+1 and 22+1."""
     if isinstance(problem, list):
-        problem = " ".join(str(message.get("content")) for message in problem if message.get("role") != "system")
+        told = [message for message in problem if message.get("role") != "system"]
+        problem = " ".join(str(message.get("content")) for message in told)
+
+    # Typesetting goes; what it sets apart stays apart.
     text = spell_out(unwrap(problem)).lower().replace("\u2212", "-").replace("\u2013", "-")
     text = re.sub(r"\\(?:left|right|displaystyle|quad|qquad)(?![a-z])|\\[,;:!()\[\] ]", "", text)
     text = re.sub(r"\\[dt]?frac *(?:(\d) *(\d))?", joined_fraction, text)
     text = re.sub(r"(?<=\d)(?:,|\{,\})(?=\d{3}(?!\d))", "", text)  # 1,000
+
+    # Hyphens between words, exclamation marks after them, full stops and all other signs are junk.
     junk = r"(?<=[a-z]{2})(?:-(?=[a-z]{2})|!)|\.(?!\d)|[^\w+\-*/=<>^|%!.()\[\]]"
     text = re.sub(rf"(?<=\d)(?:{junk})+(?=\d)", "_", text)  # gcd(12, 3) is not gcd(1, 23)
     return re.sub(junk, "", text) or str(problem)
@@ -455,7 +475,8 @@ def joined_fraction(match: re.Match) -> str:
 
 
 def clean(cfg, evaluation: dict[str, list], missing: list[str]) -> tuple[list[Pair], str]:
-    """Different problems of `cfg.data`, none of `evaluation` (benchmark -> problems), and a line of what went."""
+    """Different problems of `cfg.data`, none of `evaluation` (benchmark -> problems), and a line of what
+    went."""
     pairs, counts = load_pairs(
         cfg.data,
         cfg.problem_column,
@@ -525,14 +546,18 @@ def split(pairs: list[Pair], held_out: int, seed: int = 0) -> tuple[list[Pair], 
 def encode(pairs: list[Pair], tokenizer, max_tokens: int, thinking: bool | None = None) -> tuple[list[Prompt], int]:
     """Prompts with token ids, and how many were left out for being longer than `max_tokens` (never cut).
 
-    With a chat template text is put to it with INSTRUCTION, unless it asks for a box itself; messages are put to it as
-    they are. Without one, text goes as it is. `thinking` is the template's enable_thinking; None: its own default.
+    With a chat template text is put to it with INSTRUCTION, unless it asks for a box itself; messages are put
+    to it as they are. Without one, text goes as it is. `thinking` is the template's enable_thinking; None:
+    its own default.
     """
     template = str(tokenizer.chat_template or "")
-    options = {}
+    # Without return_dict=False transformers 5 returns a BatchEncoding, whose length is its number of keys.
+    options = {"add_generation_prompt": True, "return_dict": False}
     if thinking is not None:
         if "enable_thinking" not in template:
-            what = "chat template does not know enable_thinking" if template else "tokenizer has no chat template"
+            what = "tokenizer has no chat template"
+            if template:
+                what = "chat template does not know enable_thinking"
             raise ValueError(f"--thinking cannot be set: the model's {what}; leave --thinking out")
         options["enable_thinking"] = thinking
 
@@ -540,12 +565,12 @@ def encode(pairs: list[Pair], tokenizer, max_tokens: int, thinking: bool | None 
     for text, answer in pairs:
         if template:
             messages = as_messages(text)
-            # return_dict=False: transformers 5 returns a BatchEncoding otherwise, whose length is its number of keys
-            ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False, **options)
+            ids = tokenizer.apply_chat_template(messages, **options)
         else:
             text = text if isinstance(text, str) else "\n".join(message["content"] for message in text)
             ids = plain_ids(text, tokenizer)
-        if len(ids) > 1 and ids[0] == ids[1] == tokenizer.bos_token_id:  # one in the text, one of the tokenizer
+        # One beginning-of-sequence token may be in the text, and one more come from the tokenizer.
+        if len(ids) > 1 and ids[0] == ids[1] == tokenizer.bos_token_id:
             ids = ids[1:]
         if len(ids) <= max_tokens:
             prompts.append(Prompt(len(prompts), text, answer, tuple(ids)))

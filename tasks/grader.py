@@ -1,7 +1,8 @@
 """Child processes that judge answers: `Grader.judge`. They run answers.py, and they can be killed.
 
-sympy may need an hour for a short formula, and no thread and no exception can stop it. So a child judges each answer.
-A child counts its own processor time and dies when an answer has had its share (answers.py), however busy the machine.
+sympy may need an hour for a short formula, and no thread and no exception can stop it. So a child judges each
+answer. A child counts its own processor time and dies when an answer has had its share (answers.py), however
+busy the machine.
 """
 
 import json
@@ -23,7 +24,8 @@ TRIES = 3  # how many children one answer may lose to something else than itself
 CACHED = 100_000  # how many verdicts are remembered
 BROKEN = 0.2  # if more than this share of the new answers fails, the verifier is broken, not the answers
 
-# What ended a child. An exit without an error is its own wish for a successor; these signals come from outside.
+# What ended a child. An exit without an error is its own wish for a successor; these signals come from
+# outside.
 DEATHS = {0: "lost", -signal.SIGKILL: "lost", -signal.SIGTERM: "lost", -signal.SIGPROF: "timeouts"}
 
 
@@ -39,8 +41,9 @@ class Child:
         self.start()
 
     def start(self) -> None:
-        # Why not a pool of processes: those of the standard library that do not fork import the trainer's __main__
-        # in every child, and torch with it; so do libraries built on them (pebble). A fork would copy CUDA's state.
+        # Why not a pool of processes: those of the standard library that do not fork import the trainer's
+        # __main__ in every child, and torch with it; so do libraries built on them (pebble). A fork would
+        # copy CUDA's state.
         environment = dict(os.environ)
         environment["OMP_NUM_THREADS"] = "1"
         environment["PYTHONHASHSEED"] = "0"  # the same verdict in every child
@@ -74,8 +77,8 @@ class Child:
         self.close()
 
     def judge(self, gold: str, answer: str) -> str:
-        """The verdict: `right` or `wrong`; `timeouts` or `kills` if the answer cost the child its life; `failed` if no
-        child could be started, or if several were killed from outside."""
+        """The verdict: `right` or `wrong`; `timeouts` or `kills` if the answer cost the child its life;
+        `failed` if no child could be started, or if several were killed from outside."""
         if self.process is None:  # the latest attempt to start one did not succeed
             self.start()
         question = json.dumps([gold, answer]).encode() + b"\n"
@@ -97,15 +100,16 @@ class Child:
         except (EOFError, OSError):
             verdict = DEATHS.get(self.process.wait(), "kills")
 
-        # A child that dies before its first question cannot work at all. The next one starts at once, so that the
-        # next answer need not wait for it.
+        # A child that dies before its first question cannot work at all. The next one starts at once, so that
+        # the next answer need not wait for it.
         if verdict != "lost" and not self.ready:
             verdict = "failed"
         self.restart()
         return verdict
 
     def hear(self, seconds: float) -> str:
-        """The child's next word. TimeoutError if it takes longer than `seconds`, EOFError if the child is dead."""
+        """The child's next word. TimeoutError if it takes longer than `seconds`, EOFError if the child is
+        dead."""
         if not wait([self.process.stdout], seconds):
             raise TimeoutError
         word = self.process.stdout.readline()
@@ -115,7 +119,8 @@ class Child:
 
 
 class Grader:
-    """Judges pairs (gold, answer) in `workers` children, and remembers the verdicts. Any thread may use it."""
+    """Judges pairs (gold, answer) in `workers` children, and remembers the verdicts. Any thread may use
+    it."""
 
     def __init__(self, workers: int = 2):
         self.workers = workers
@@ -139,8 +144,9 @@ class Grader:
                 self.pool = ThreadPoolExecutor(self.workers, "grader")
 
     def judge(self, pairs: Counter) -> dict[tuple[str, str], str]:
-        """The verdict on each pair, where `pairs` says how many responses gave it. VerifierBroken if the children fail
-        on more than the share BROKEN of the responses that need one, and these are 20 or more."""
+        """The verdict on each pair, where `pairs` says how many responses gave it. VerifierBroken if the
+        children fail on more than the share BROKEN of the responses that need one, and these are 20 or
+        more."""
         verdicts = self.recall(pairs)
         new = Counter({pair: count for pair, count in pairs.items() if pair not in verdicts})
         if not new:

@@ -1,17 +1,21 @@
-r"""Training prompts: known maths sets, any other of Hugging Face, and local files (tiny.py has the embedded task).
+r"""Training prompts: known maths sets, any other of Hugging Face, and local files (tiny.py has the embedded
+task).
 
-A prompt is text (or chat messages), its token ids as the model will see them, made once, here, and a gold answer.
+A prompt is text (or chat messages), its token ids as the model will see them, made once, here, and a gold
+answer.
 
     python train.py                                            # the embedded task
     python train.py --model ID --data polaris                  # or dolci, dapo, gsm8k, math: see SOURCES
     python train.py --model ID --data polaris --difficulty 0.125 0.75    # by its column of pass rates
     python train.py --model ID --data polaris=FILE.parquet     # a copy of it, for machines without network
     python train.py --model ID --data OWNER/NAME --problem-column question --answer-column gold
-    python train.py --model ID --data train.jsonl              # one JSON object a line: {"problem": ..., "answer": ...}
+    python train.py --model ID --data train.jsonl              # one JSON object a line: {"problem": ...,
+    "answer": ...}
 
-Problems that are the same after `normal` are one: the first is kept, and none of the evaluation sets; all are counted.
-Known sets are read at the revisions in SOURCES, as several public projects pin them (we have not compared them with the
-hub); without one, the newest, or --data-revision HASH. Whatever the hub does, `fingerprint` tells what was used.
+Problems that are the same after `normal` are one: the first is kept, and none of the evaluation sets; all are
+counted. Known sets are read at the revisions in SOURCES, as several public projects pin them (we have not
+compared them with the hub); without one, the newest, or --data-revision HASH. Whatever the hub does,
+`fingerprint` tells what was used.
 """
 
 import csv
@@ -21,21 +25,24 @@ import json
 import logging
 import random
 import re
-import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from decimal import Decimal
 from fractions import Fraction
 from pathlib import Path
 
+from tasks.answers import LONGEST, matching_braces, spell_out
+
 KINDS = (".jsonl", ".json", ".parquet", ".csv")
-PROBLEM_COLUMNS, ANSWER_COLUMNS = ("problem", "prompt", "question"), ("answer", "solution")
-LONGEST_ANSWER = 400  # characters; no answer of more is ever right, and a text of more without a box is no answer
+PROBLEM_COLUMNS = ("problem", "prompt", "question")
+ANSWER_COLUMNS = ("answer", "solution")
+LONGEST_TEXT = 1_000_000  # characters of a problem or a worked answer; no model reads so many
 INSTRUCTION = "\n\nPlease reason step by step, and put your final answer within \\boxed{}."
 ASKS_FOR_BOX = re.compile(r"answer[^.]{0,60}\\boxed", re.I)  # an instruction like ours is there already
 PLAIN_TEXT = "note: the tokenizer has no chat template: prompts are plain text, without an instruction"
 
-# what data sets put around their problems; an instruction is added by `encode`, once
+# What data sets put around their problems. An instruction is added by `encode`, once.
 WRAPPERS = (
     r"(?i)^\s*user:\s*",
     r"(?is)^\s*Solve the following math problem step by step\. The last line of your .{0,200}? to the problem\.",
@@ -43,12 +50,17 @@ WRAPPERS = (
     r"(?i)(Let's think|(Please )?reason) step by step,? and (output the|put your) final answer within \\boxed\{\}\.?$",
 )
 
+BOX = re.compile(r"\\(?:boxed|fbox)(?:\s*(?P<brace>\{)|\s+(?P<bare>[^\s{}$.]+))")
+# 3/8, 0.375 or 3.75e-1. An exponent is bounded, because a Fraction holds all its digits.
+PASS_RATE = re.compile(r"[-+]?(?:\d+/0*[1-9]\d*|(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d{1,3})?)")
+
 Pair = tuple[str | list[dict], str]  # problem (text or chat messages), answer
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """One problem: its place in the data set, what is asked, the gold answer, and the tokens the model sees."""
+    """One problem: its place in the data set, what is asked, the gold answer, and the tokens the model
+    sees."""
 
     index: int
     text: str | list[dict]  # plain text, or chat messages
@@ -56,169 +68,330 @@ class Prompt:
     ids: tuple[int, ...] = ()
 
 
-POLARIS, DAPO = "296f8e34132e63f4a1d70e0dcc8bddebb43f03e4", "31dd309567e3da778038cc87d868b6097a3ccf68"
-GSM8K, MATH = "740312add88f781978c0658806c59bc2815b9866", "0530c78699ea5e8eb5530600900e1f328b48acad"
-USUAL, DOLCI = (PROBLEM_COLUMNS, ANSWER_COLUMNS), (("messages", "prompt"), ("ground_truth",))
-# name: id, config, revision (None: the newest), columns of problem and answer (the first that is there), all maths?
+@dataclass(frozen=True)
+class Source:
+    """Where a data set of Hugging Face is, and how it is read."""
+
+    hub: str
+    config: str | None = None
+    revision: str | None = None  # a commit hash; None: the newest
+    problem: tuple[str, ...] = PROBLEM_COLUMNS  # the first of these columns that is there
+    answer: tuple[str, ...] = ANSWER_COLUMNS
+    maths: bool = True  # False: rows of other subjects are among them, and the column `dataset` says which
+
+
 SOURCES = {
-    # 53 k with pass rates of another 7B model, as "3/8"; an instruction after some problems; repeats
-    "polaris": ("POLARIS-Project/Polaris-Dataset-53K", None, POLARIS, *USUAL, True),
-    # 13 k, as messages or as "user: ..."; ground_truth and dataset are strings or lists
-    "dolci": ("allenai/Dolci-RL-Zero-Math-7B", None, None, *DOLCI, False),
-    # 14 k in English, of which `solution` is the bare answer
-    "dapo": ("open-r1/DAPO-Math-17k-Processed", "en", DAPO, ("prompt",), ("solution", "reward_model"), True),
-    # 7 k; the answer is worked and ends in "#### 1,234"
-    "gsm8k": ("openai/gsm8k", "main", GSM8K, *USUAL, True),
-    # 7.5 k; the answer is the last box of the solution
-    "math": ("DigitalLearningGmbH/MATH-lighteval", None, MATH, *USUAL, True),
-    # relatives: DAPO's problems a hundred times each in an "Answer: $Answer" wrapper; and 102 k of many subjects
-    "dapo-raw": ("BytedTsinghua-SIA/DAPO-Math-17k", None, None, ("prompt",), ("reward_model",), True),
-    "dolci-think": ("allenai/Dolci-Think-RL-7B", None, None, *DOLCI, False),
+    # 53 k with pass rates of another 7B model, as "3/8"; an instruction after some problems; repeats.
+    "polaris": Source("POLARIS-Project/Polaris-Dataset-53K", revision="296f8e34132e63f4a1d70e0dcc8bddebb43f03e4"),
+    # 13 k, as messages or as "user: ..."; ground_truth and dataset are strings or lists.
+    "dolci": Source(
+        "allenai/Dolci-RL-Zero-Math-7B", problem=("messages", "prompt"), answer=("ground_truth",), maths=False
+    ),
+    # 14 k in English, of which `solution` is the bare answer.
+    "dapo": Source(
+        "open-r1/DAPO-Math-17k-Processed",
+        config="en",
+        revision="31dd309567e3da778038cc87d868b6097a3ccf68",
+        problem=("prompt",),
+        answer=("solution", "reward_model"),
+    ),
+    # 7 k; the answer is worked and ends in "#### 1,234".
+    "gsm8k": Source("openai/gsm8k", config="main", revision="740312add88f781978c0658806c59bc2815b9866"),
+    # 7.5 k; the answer is the last box of the solution.
+    "math": Source("DigitalLearningGmbH/MATH-lighteval", revision="0530c78699ea5e8eb5530600900e1f328b48acad"),
+    # Relatives: DAPO's problems a hundred times each in an "Answer: $Answer" wrapper; and 102 k of many
+    # subjects.
+    "dapo-raw": Source("BytedTsinghua-SIA/DAPO-Math-17k", problem=("prompt",), answer=("reward_model",)),
+    "dolci-think": Source(
+        "allenai/Dolci-Think-RL-7B", problem=("messages", "prompt"), answer=("ground_truth",), maths=False
+    ),
 }
 
 
+# ---- rows of a file or of the hub
+
+
 def read_rows(path: str) -> list[dict]:
-    """Rows of a local .jsonl, .json, .parquet or .csv file. ValueError or OSError says what is wrong, and where."""
+    """Rows of a local .jsonl, .json, .parquet or .csv file. ValueError or OSError says what is wrong, and
+    where."""
     file = Path(path)
-    if not file.exists():
-        raise FileNotFoundError(f"no data file at {path}; give an existing .jsonl, .json, .parquet or .csv file")
+    if not file.is_file():
+        raise FileNotFoundError(f"no data file at {path}; give an existing file of {', '.join(KINDS)}")
     if file.suffix not in KINDS:
         raise ValueError(f"{path}: this kind of file is not read; use .jsonl, .json, .parquet or .csv")
-    if file.stat().st_size == 0:
-        raise ValueError(f"{path} is empty; it needs one JSON object a line with a problem and an answer")
     if file.suffix == ".parquet":
-        import datasets  # slow to import, and not needed for the embedded task
-
-        datasets.disable_progress_bars()
+        rows = read_parquet(path)
+    else:
+        # Plain json and csv rather than Arrow: an answer column that mixes 5 and "5/2" is common, and the
+        # number of a wrong line is exact.
         try:
-            return datasets.Dataset.from_parquet(path).to_list()
-        except (datasets.exceptions.DatasetGenerationError, ValueError) as error:
-            raise ValueError(f"{path} cannot be read as parquet: {error.__cause__ or error}") from error
-    # Plain json rather than Arrow: an answer column that mixes 5 and "5/2" is common, and the line number is exact.
+            text = file.read_text(encoding="utf-8-sig")  # with or without a byte order mark
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path} is not UTF-8 text ({error}); save it as UTF-8") from error
+        rows = read_csv(path, text) if file.suffix == ".csv" else read_json(path, text)
+    if not rows:
+        raise ValueError(f"{path} has no rows, it is empty; give it as many as there are prompts in a step")
+    for n, row in enumerate(rows, 1):
+        if not isinstance(row, dict):
+            kind = "null" if row is None else type(row).__name__
+            raise ValueError(f"{path} row {n} is {kind}, not an object with a problem and an answer")
+    return rows
+
+
+def read_parquet(path: str) -> list[dict]:
+    import pyarrow  # slow to import, and not needed for the embedded task
+    import pyarrow.parquet
+
     try:
-        text = file.read_text(encoding="utf-8-sig")  # with or without a byte order mark
-        if file.suffix == ".csv":  # all as text: 007 stays 007
-            rows = list(csv.DictReader(io.StringIO(text, newline=""), strict=True))
-            wrong = next((n for n, row in enumerate(rows, 1) if None in row or None in row.values()), None)
-            if wrong:
-                raise ValueError(f"{path} row {wrong} has not as many fields as there are columns; quote its commas")
-            return rows
-        lines = [text] if file.suffix == ".json" and text.lstrip().startswith("[") else text.split("\n")
-        rows = [json.loads(line) for line in lines if line.strip()]
+        table = pyarrow.parquet.ParquetFile(path).read()
+        check_columns(path, table.column_names)
+        return table.to_pylist()
+    except (pyarrow.ArrowException, UnicodeDecodeError, OSError) as error:
+        raise ValueError(f"{path} cannot be read as parquet: {one_line(error)}") from error
+
+
+def read_csv(path: str, text: str) -> list[dict]:
+    """All values are text: 007 stays 007."""
+    try:
+        reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
+        check_columns(path, reader.fieldnames or [])
+        rows = list(reader)
     except csv.Error as error:
         raise ValueError(f"{path} cannot be read as csv: {error}") from error
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text ({error}); save it as UTF-8") from error
+    for n, row in enumerate(rows, 1):
+        if None in row or None in row.values():
+            raise ValueError(f"{path} row {n} has not as many fields as there are columns; quote its commas")
+    return rows
+
+
+def read_json(path: str, text: str) -> list:
+    """One JSON value a line, or one list in a .json file."""
+    if path.endswith(".json") and text.lstrip().startswith("["):
+        return parse_json(text, path)
+    rows = []
+    for n, line in enumerate(text.split("\n"), 1):  # not splitlines, which cuts at other characters too
+        if line.strip():
+            rows.append(parse_json(line, f"{path} line {n}"))
+    return rows
+
+
+def parse_json(text: str, where: str):
+    try:
+        return json.loads(text)
     except json.JSONDecodeError as error:
-        n = lines.index(error.doc) + 1
-        raise ValueError(f"{path} line {n} is not JSON ({error}); write one JSON object a line") from error
-    return rows[0] if lines == [text] and isinstance(rows[0], list) else rows
+        raise ValueError(f"{where} is not JSON ({error}); write one JSON object a line") from error
+    except RecursionError as error:
+        raise ValueError(f"{where} is JSON in more levels than can be read; write plain texts") from error
+    except ValueError as error:  # an integer of more than 4300 digits
+        raise ValueError(f"{where} cannot be read ({error}); write it as text") from error
+
+
+def check_columns(path: str, names: Iterable[str]) -> None:
+    repeated = [name for name, count in Counter(names).items() if count > 1]
+    if repeated:
+        names = " and ".join(map(repr, repeated))
+        raise ValueError(f"{path} has several columns {names}; give each its own name")
+
+
+def one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300]
 
 
 def fetch(hub: str, config: str | None, split: str, revision: str | None, copy: str) -> Iterable[dict]:
-    """Rows of a data set of Hugging Face. ValueError says in one line how to go on; `copy` is how to name a file."""
+    """Rows of a data set of Hugging Face. ValueError says in one line how to go on; `copy` is how to name a
+    file."""
     import datasets
 
     datasets.disable_progress_bars()
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # a dozen lines about retries
     try:
         return datasets.load_dataset(hub, config, split=split, revision=revision)
-    except Exception as error:  # of the hub, the network, the cache, the file format: a dozen kinds, some of many lines
-        what, offline = " ".join(str(error).split())[:300], isinstance(error, ConnectionError)
-        how = "go online" if offline else "choose with --data-config, --data-split or --data-revision"
-        how = "ask for access on its page and log in with `hf auth login`" if "gated" in what else how
-        raise ValueError(f"{hub} cannot be loaded ({what}): {how}, or fetch it elsewhere and give {copy}") from error
-
-
-def pick_column(row: dict, wanted: str | None, usual: tuple[str, ...], flag: str, path: str) -> str:
-    names = (wanted,) if wanted else usual
-    for name in names:
-        if name in row:
-            return name
-    raise ValueError(
-        f"{path} has no column {' or '.join(map(repr, names))}; it has {', '.join(row)}: name one of them with {flag}"
-    )
+    except Exception as error:  # of the hub, the network, the cache, the file: a dozen kinds, some of many lines
+        what = one_line(error)
+        if "gated" in what:
+            how = "ask for access on its page and log in with `hf auth login`"
+        elif isinstance(error, ConnectionError):
+            how = "go online"
+        else:
+            how = "choose with --data-config, --data-split or --data-revision"
+        message = f"{hub} cannot be loaded ({what}): {how}, or fetch it elsewhere and give {copy}"
+        raise ValueError(message) from error
 
 
 def select(rows: Iterable[dict], where: str, maths: bool, difficulty, counts: Counter) -> Iterator[dict]:
     """Maths, if not all rows are; of it pass rates within `difficulty`, ends included. Counts the others."""
-    kept, ranged = 0, tuple(difficulty) != (0, 1)
-    needed = ["dataset"] * (not maths) + ["difficulty"] * ranged
+    low, high = difficulty
+    ranged = (low, high) != (0, 1)
+    needed = []
+    if not maths:
+        needed.append("dataset")
+    if ranged:
+        needed.append("difficulty")
+
+    kept = 0
     for n, row in enumerate(rows, 1):
         counts["rows"] += 1
-        if set(needed) - set(row):
-            raise ValueError(f"{where} row {n} lacks {' or '.join(needed)} to select by; it has {', '.join(row)}")
+        if not set(needed) <= set(row):
+            has = ", ".join(row)
+            raise ValueError(f"{where} row {n} lacks {' or '.join(needed)} to select by; it has {has}")
         if not maths:
-            kinds, golds = (x if isinstance(x, list) else [x] for x in (row["dataset"], row.get("ground_truth")))
-            if "math" not in kinds:
+            row = maths_of(row)
+            if row is None:
                 counts["not maths"] += 1
                 continue
-            if len(kinds) == len(golds):  # one gold for each verifier
-                row = row | {"ground_truth": golds[kinds.index("math")]}
-        if ranged:
-            try:
-                rate = -1 if (value := row["difficulty"]) is None else Fraction(str(value))
-            except (ValueError, ZeroDivisionError) as error:
-                raise ValueError(f"{where} row {n}: difficulty {value!r} is no pass rate like 3/8 or 0.4") from error
-            if not difficulty[0] <= rate <= difficulty[1]:
-                counts["outside --difficulty"] += 1
-                continue
+        if ranged and not low <= pass_rate(row["difficulty"], f"{where} row {n}") <= high:
+            counts["outside --difficulty"] += 1
+            continue
         kept += 1
         yield row
     if counts["rows"] and not kept:
         raise ValueError(f"{where}: no row is left: {dict(counts)}")
 
 
-def from_rows(rows, path: str, problem_column=None, answer_column=None, usual=USUAL, left_out=None) -> list[Pair]:
-    """(problem, answer) pairs. ValueError names the row whose problem or answer is missing or empty; with a Counter
-    `left_out`, for data that is not the user's own, it is left out and counted, and wrappers are taken off."""
+def maths_of(row: dict) -> dict | None:
+    """The row with its gold for maths, where each verifier has one; None if it is of another subject."""
+    kinds = row["dataset"]
+    golds = row.get("ground_truth")
+    kinds = kinds if isinstance(kinds, list) else [kinds]
+    golds = golds if isinstance(golds, list) else [golds]
+    if "math" not in kinds:
+        return None
+    if len(kinds) == len(golds):
+        return row | {"ground_truth": golds[kinds.index("math")]}
+    return row
+
+
+def pass_rate(value, where: str) -> Fraction:
+    """Of "3/8" or 0.375, exactly; below all ranges where it is not known."""
+    if value is None:
+        return Fraction(-1)
+    text = str(value).strip() if isinstance(value, str | int | float | Decimal) else ""
+    if len(text) <= 60 and PASS_RATE.fullmatch(text):
+        return Fraction(text)
+    shown = repr(value)[:60] if isinstance(value, str | int | float | Decimal) else type(value).__name__
+    raise ValueError(f"{where}: difficulty {shown} is no pass rate like 3/8 or 0.4")
+
+
+# ---- pairs of problem and answer
+
+
+def pick_column(row: dict, wanted: str | None, usual: tuple[str, ...], flag: str, path: str) -> str:
+    """The column `wanted`, or the first of the `usual` ones that the row has."""
+    names = (wanted,) if wanted else usual
+    for name in names:
+        if name in row:
+            return name
+    wish = " or ".join(map(repr, names))
+    has = ", ".join(row)
+    raise ValueError(f"{path} has no column {wish}; it has {has}: name one of them with {flag}")
+
+
+def from_rows(
+    rows: Iterable[dict],
+    path: str,
+    problem_column: str | None = None,
+    answer_column: str | None = None,
+    source: Source | None = None,
+    left_out: Counter | None = None,
+) -> list[Pair]:
+    """(problem, answer) pairs. ValueError names the row whose problem or answer is missing, empty or too
+    long.
+
+    With a Counter `left_out`, for data that is not the user's own, such a row is left out and counted, and
+    wrappers are taken off. `source` says which columns there are.
+    """
+    problems = source.problem if source else PROBLEM_COLUMNS
+    answers = source.answer if source else ANSWER_COLUMNS
     pairs: list[Pair] = []
     problem = answer = ""
     for n, row in enumerate(rows, 1):
-        if not isinstance(row, dict):
-            raise ValueError(f"{path} row {n} is {type(row).__name__}, not an object with a problem and an answer")
-        problem = problem or pick_column(row, problem_column, usual[0], "--problem-column", path)
-        answer = answer or pick_column(row, answer_column, usual[1], "--answer-column", path)
-        text, gold = question(row.get(problem)), final_answer(row.get(answer))
-        text = text if left_out is None else unwrap(text)
-        if gold and text:
+        # The columns are those of the first row.
+        if not problem:
+            problem = pick_column(row, problem_column, problems, "--problem-column", path)
+            answer = pick_column(row, answer_column, answers, "--answer-column", path)
+
+        # What is wrong with this row? Long texts are not even searched for an answer.
+        text = gold = ""
+        size = max(length(row.get(problem)), length(row.get(answer)))
+        if size <= LONGEST_TEXT:
+            text = question(row.get(problem))
+            gold = final_answer(row.get(answer))
+        if left_out is not None:
+            text = unwrap(text)
+        if text and gold:
             pairs.append((text, gold))
-        elif left_out is not None:
-            left_out["without problem or answer"] += 1
+            continue
+        if left_out is not None:
+            left_out["without problem or answer" if size <= LONGEST_TEXT else "too long"] += 1
+            continue
+        if size > LONGEST_TEXT:
+            wrong = f"a text of {size:,} characters, of which at most {LONGEST_TEXT:,} are read"
+        elif not text:
+            wrong = f"an empty {problem!r} (it takes text, or messages with a role and a text as content)"
         else:
-            empty = f"an empty {problem!r} (it takes text, or messages with a role and a text as content)"
-            lacks = f"no final answer in {answer!r}" if text else empty
-            raise ValueError(f"{path} row {n} has {lacks}; give every row a problem and an answer, or take it out")
+            wrong = f"no final answer in {answer!r}"
+        how = "give every row a problem and an answer, or take it out"
+        raise ValueError(f"{path} row {n} has {wrong}; {how}")
     if not problem:
-        raise ValueError(f"{path} has no rows; it needs at least as many as there are prompts in a step")
+        raise ValueError(f"{path} has no rows; give it as many as there are prompts in a step")
     return pairs
+
+
+def length(value) -> int:
+    """Characters of all texts in a value, however deep."""
+    total = 0
+    left = [value]
+    while left:
+        part = left.pop()
+        if isinstance(part, str):
+            total += len(part)
+        elif isinstance(part, list):
+            left += part
+        elif isinstance(part, dict):
+            left += part.values()
+    return total
+
+
+def as_text(value) -> str:
+    return "" if value is None or isinstance(value, list | dict) else str(value)
 
 
 def question(value) -> str | list[dict]:
     """Text, or chat messages as they are; "" for anything else."""
-    if isinstance(value, list):
-        chat = all(isinstance(m, dict) and {type(m.get("role")), type(m.get("content"))} == {str} for m in value)
-        return value if chat else ""
-    text = "" if value is None else str(value)
-    return text if text.strip() else ""
+    if not isinstance(value, list):
+        text = as_text(value)
+        return text if text.strip() else ""
+    for message in value:
+        if not isinstance(message, dict):
+            return ""
+        if not isinstance(message.get("role"), str) or not isinstance(message.get("content"), str):
+            return ""
+    return value
 
 
 def final_answer(value) -> str:
-    r"""The last \boxed{}, or what follows the last ####, or all of it; "" where there is none. Of a list the first."""
-    value = value.get("ground_truth") if isinstance(value, dict) else value
-    value = (value or [None])[0] if isinstance(value, list) else value
-    text = "" if value is None else str(value).strip()
-    boxes = list(re.finditer(r"\\(?:boxed|fbox)(?:\s*\{|\s+([^\s{}$.]+))", text))
+    r"""The last \boxed{}, or what follows the last ####, or all of it; "" where there is none. Of a list the
+    first."""
+    if isinstance(value, dict):
+        value = value.get("ground_truth")
+    if isinstance(value, list):
+        value = value[0] if value else None
+    text = as_text(value).strip()
+
+    # The last box that is closed. `\boxed 5` needs no braces.
+    boxes = list(BOX.finditer(text))
+    closing = matching_braces(text) if boxes else {}
     for box in reversed(boxes):
-        depth, end = 1, box.end()
-        while not box[1] and depth and end < len(text):
-            depth += {"{": 1, "}": -1}.get(text[end], 0)
-            end += 1
-        if box[1] or not depth:
-            return box[1] or text[box.end() : end - 1].strip()
+        if box["bare"]:
+            return box["bare"]
+        opening = box.start("brace")
+        if opening in closing:
+            return text[opening + 1 : closing[opening]].strip()
+
     if "####" in text:
         return text.rpartition("####")[2].strip().replace(",", "")
-    return "" if boxes or len(text) > LONGEST_ANSWER else text
+    # No answer of more than LONGEST characters is ever right; without a box a longer text is no answer.
+    return "" if boxes or len(text) > LONGEST else text
 
 
 def unwrap(problem: str | list[dict]) -> str | list[dict]:
@@ -231,52 +404,94 @@ def unwrap(problem: str | list[dict]) -> str | list[dict]:
     return problem
 
 
-def load(name, problem_column=None, answer_column=None, difficulty=(0, 1), config=None, split=None, revision=None):
+def load_pairs(
+    name, problem_column=None, answer_column=None, difficulty=(0, 1), config=None, split=None, revision=None
+):
     """Pairs of --data `name`, and a Counter of what was met on the way. ValueError or OSError in one line."""
     known, _, copy = name.partition("=")
-    source = SOURCES.get(known) or next((s for s in SOURCES.values() if s[0] == known), None)
-    hub, usual_config, pinned, *usual, maths = source or (name, None, None, *USUAL, True)
+    source = SOURCES.get(known)
+    for other in SOURCES.values():
+        if other.hub == known:
+            source = other
     counts: Counter = Counter()
-    own = not source and is_file(name)  # what is wrong in it can be mended
+    own = source is None and is_file(name)  # what is wrong in it can be mended
+
+    # From a file: of the user's own, or a copy of a known set.
     if own or (source and copy):
         where = copy or name
         if config or split or revision:
-            raise ValueError(f"--data-config, --data-split and --data-revision are for the hub, and {where} is a file")
+            flags = "--data-config, --data-split and --data-revision"
+            raise ValueError(f"{flags} are for the hub, and {where} is a file")
         rows = read_rows(where)
-    elif source or re.fullmatch(r"[\w.-]+/[\w.-]+", name):
-        where, copy = hub, f"--data {f'{known}=' if source else ''}FILE.parquet"
-        rows = fetch(hub, config or usual_config, split or "train", revision or pinned, copy)
+    # From the hub: a known set, or any other.
+    elif source:
+        where = source.hub
+        config = config or source.config
+        revision = revision or source.revision
+        rows = fetch(where, config, split or "train", revision, f"--data {known}=FILE.parquet")
+    elif re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+        where = name
+        rows = fetch(where, config, split or "train", revision, "--data FILE.parquet")
     else:
         raise ValueError(f"no data {name!r}: say {', '.join(SOURCES)}, OWNER/NAME of Hugging Face, or a file")
+
+    maths = source is None or source.maths
     rows = select(rows, where, maths, difficulty, counts)
-    pairs = from_rows(rows, where, problem_column, answer_column, usual, None if own else counts)
+    pairs = from_rows(rows, where, problem_column, answer_column, source, None if own else counts)
     return pairs, counts
 
 
 def is_file(name: str) -> bool:
     """Whether --data `name` is a file of the user's own, and no copy of a known set."""
-    return name.partition("=")[0] not in SOURCES and (Path(name).exists() or Path(name).suffix in KINDS)
+    known = name.partition("=")[0]
+    return known not in SOURCES and (Path(name).exists() or Path(name).suffix in KINDS)
+
+
+# ---- which problems are the same
 
 
 def normal(problem: str | list[dict]) -> str:
-    """What is left when case, white space, wrappers, typesetting and punctuation do not count. Operators, brackets and
-    decimal points do: 3+4 and 3-4 are two problems."""
+    """What is left when case, white space, wrappers, typesetting and punctuation do not count. Operators,
+    brackets and decimal points do: 3+4 and 3-4 are two problems, and so are 2²+1 and 22+1."""
     if isinstance(problem, list):
-        problem = " ".join(str(message.get("content")) for message in problem if message.get("role") != "system")
-    text = unicodedata.normalize("NFKC", unwrap(problem)).lower().replace("\u2212", "-").replace("\u2013", "-")
+        told = [message for message in problem if message.get("role") != "system"]
+        problem = " ".join(str(message.get("content")) for message in told)
+
+    # Typesetting goes; what it sets apart stays apart.
+    text = spell_out(unwrap(problem)).lower().replace("\u2212", "-").replace("\u2013", "-")
     text = re.sub(r"\\(?:left|right|displaystyle|quad|qquad)(?![a-z])|\\[,;:!()\[\] ]", "", text)
-    text = re.sub(r"\\[dt]?frac *(?:(\d) *(\d))?", lambda m: f"frac{m[1]}_{m[2]}" if m[1] else "frac", text)
+    text = re.sub(r"\\[dt]?frac *(?:(\d) *(\d))?", joined_fraction, text)
     text = re.sub(r"(?<=\d)(?:,|\{,\})(?=\d{3}(?!\d))", "", text)  # 1,000
+
+    # Hyphens between words, exclamation marks after them, full stops and all other signs are junk.
     junk = r"(?<=[a-z]{2})(?:-(?=[a-z]{2})|!)|\.(?!\d)|[^\w+\-*/=<>^|%!.()\[\]]"
     text = re.sub(rf"(?<=\d)(?:{junk})+(?=\d)", "_", text)  # gcd(12, 3) is not gcd(1, 23)
     return re.sub(junk, "", text) or str(problem)
 
 
-def prepare(cfg, evaluation: dict[str, list], missing: list[str]) -> tuple[list[Pair], str]:
-    """Different problems of `cfg.data`, none of `evaluation` (benchmark -> problems), and a line of what went."""
-    place = [None, None, None]
-    pairs, counts = load(cfg.data, cfg.problem_column, cfg.answer_column, cfg.difficulty, *place)
-    places = {normal(problem): benchmark for benchmark, problems in evaluation.items() for problem in problems}
+def joined_fraction(match: re.Match) -> str:
+    r"""`\frac12` has two arguments, and is not `\frac{12}...`."""
+    return f"frac{match[1]}_{match[2]}" if match[1] else "frac"
+
+
+def clean(cfg, evaluation: dict[str, list], missing: list[str]) -> tuple[list[Pair], str]:
+    """Different problems of `cfg.data`, none of `evaluation` (benchmark -> problems), and a line of what
+    went."""
+    pairs, counts = load_pairs(
+        cfg.data,
+        cfg.problem_column,
+        cfg.answer_column,
+        cfg.difficulty,
+        config=cfg.data_config,
+        split=cfg.data_split,
+        revision=cfg.data_revision,
+    )
+    places = {}
+    for benchmark, problems in evaluation.items():
+        for problem in problems:
+            places[normal(problem)] = benchmark
+
+    # The first of several problems that are the same is kept.
     kept: dict[str, Pair] = {}
     for problem, answer in pairs:
         key = normal(problem)
@@ -286,21 +501,27 @@ def prepare(cfg, evaluation: dict[str, list], missing: list[str]) -> tuple[list[
             counts["repeated"] += 1
             counts["of these with another answer"] += kept[key][1] != answer
         else:
-            kept[key] = problem, answer
-    left, what = list(kept.values()), ", ".join(f"{number:,} {kind}" for kind, number in counts.items() if number)
+            kept[key] = (problem, answer)
+    left = list(kept.values())
+
+    what = ", ".join(f"{number:,} {kind}" for kind, number in counts.items() if number)
     if not left:
         raise ValueError(f"--data {cfg.data}: no problem is left: {what}")
     what += f"; left {len(left):,} problems, sha256 {fingerprint(left)[:16]}"
-    what += f"; not compared with {', '.join(missing)}, which cannot be had" if missing else ""
+    if missing:
+        what += f"; not compared with {', '.join(missing)}, which cannot be had"
     return left, f"data: {cfg.data}: {what}"
 
 
 def evaluation_problems(names: Iterable[str], load: Callable[[str], list]) -> tuple[dict[str, list], list[str]]:
     """Benchmark -> problems, from `load`; and the benchmarks that cannot be had."""
-    problems, network = {}, True
+    problems = {}
+    network = True
     for name in names:
+        if not network:
+            break  # each of the others would take half a minute of retries
         try:
-            problems |= {name: load(name)} if network else {}  # each would take half a minute of retries
+            problems[name] = load(name)
         except (ValueError, OSError) as error:
             network = not isinstance(error.__cause__, ConnectionError)
     return problems, [name for name in names if name not in problems]
@@ -308,42 +529,64 @@ def evaluation_problems(names: Iterable[str], load: Callable[[str], list]) -> tu
 
 def fingerprint(pairs: Iterable[Pair]) -> str:
     """sha256 over problems and answers."""
-    return hashlib.sha256(json.dumps([(problem, answer) for problem, answer in pairs]).encode()).hexdigest()
+    listed = [(problem, answer) for problem, answer in pairs]
+    return hashlib.sha256(json.dumps(listed).encode()).hexdigest()
 
 
 def split(pairs: list[Pair], held_out: int, seed: int = 0) -> tuple[list[Pair], list[Pair]]:
     """Training pairs, in their order, and `held_out` others for evaluation."""
     held = set(random.Random(seed).sample(range(len(pairs)), held_out))
-    return [pair for i, pair in enumerate(pairs) if i not in held], [pairs[i] for i in sorted(held)]
+    training = [pair for i, pair in enumerate(pairs) if i not in held]
+    return training, [pairs[i] for i in sorted(held)]
+
+
+# ---- what the model sees
 
 
 def encode(pairs: list[Pair], tokenizer, max_tokens: int, thinking: bool | None = None) -> tuple[list[Prompt], int]:
     """Prompts with token ids, and how many were left out for being longer than `max_tokens` (never cut).
 
-    With a chat template text is put to it with INSTRUCTION, unless it asks for a box itself; messages are put to it as
-    they are. Without one, text goes as it is. `thinking` is the template's enable_thinking; None: its own default.
+    With a chat template text is put to it with INSTRUCTION, unless it asks for a box itself; messages are put
+    to it as they are. Without one, text goes as it is. `thinking` is the template's enable_thinking; None:
+    its own default.
     """
     template = str(tokenizer.chat_template or "")
-    if thinking is not None and "enable_thinking" not in template:
-        what = "chat template does not know enable_thinking" if template else "tokenizer has no chat template"
-        raise ValueError(f"--thinking cannot be set: the model's {what}; leave --thinking out")
-    options = {} if thinking is None else {"enable_thinking": thinking}
+    # Without return_dict=False transformers 5 returns a BatchEncoding, whose length is its number of keys.
+    options = {"add_generation_prompt": True, "return_dict": False}
+    if thinking is not None:
+        if "enable_thinking" not in template:
+            what = "tokenizer has no chat template"
+            if template:
+                what = "chat template does not know enable_thinking"
+            raise ValueError(f"--thinking cannot be set: the model's {what}; leave --thinking out")
+        options["enable_thinking"] = thinking
+
     prompts: list[Prompt] = []
     for text, answer in pairs:
         if template:
-            more = "" if ASKS_FOR_BOX.search(str(text)) else INSTRUCTION
-            messages = text if isinstance(text, list) else [{"role": "user", "content": text + more}]
-            # return_dict=False: transformers 5 returns a BatchEncoding otherwise, whose length is its number of keys
-            ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False, **options)
+            messages = as_messages(text)
+            ids = tokenizer.apply_chat_template(messages, **options)
         else:
             text = text if isinstance(text, str) else "\n".join(message["content"] for message in text)
-            try:
-                ids = tokenizer(text)["input_ids"]
-            except Exception as error:  # tokenizers knows no kinds
-                what = f"the tokenizer cannot read {text[:60]!r} ({error})"
-                raise ValueError(f"{what}; the embedded model knows sums only: give --model") from error
-        if len(ids) > 1 and ids[0] == ids[1] == tokenizer.bos_token_id:  # one in the text, one of the tokenizer
+            ids = plain_ids(text, tokenizer)
+        # One beginning-of-sequence token may be in the text, and one more come from the tokenizer.
+        if len(ids) > 1 and ids[0] == ids[1] == tokenizer.bos_token_id:
             ids = ids[1:]
         if len(ids) <= max_tokens:
             prompts.append(Prompt(len(prompts), text, answer, tuple(ids)))
     return prompts, len(pairs) - len(prompts)
+
+
+def as_messages(text: str | list[dict]) -> list[dict]:
+    if isinstance(text, list):
+        return text
+    more = "" if ASKS_FOR_BOX.search(text) else INSTRUCTION
+    return [{"role": "user", "content": text + more}]
+
+
+def plain_ids(text: str, tokenizer) -> list[int]:
+    try:
+        return tokenizer(text)["input_ids"]
+    except Exception as error:  # tokenizers knows no kinds
+        what = f"the tokenizer cannot read {text[:60]!r} ({error})"
+        raise ValueError(f"{what}; the embedded model knows sums only: give --model") from error

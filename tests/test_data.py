@@ -2,11 +2,14 @@
 
 import json
 import random
+import time
 from collections import Counter
 from types import SimpleNamespace
 
 import datasets
+import pyarrow
 import pytest
+from pyarrow import parquet
 
 from tasks import data, tiny
 
@@ -75,6 +78,23 @@ def test_answers_of_mixed_type_and_named_columns(tmp_path):
         ("a.jsonl", '{"problem": "x", "gold": "1"}\n', "'answer' or 'solution'.*problem, gold.*--answer-column"),
         ("a.jsonl", '{"text": "x", "answer": "1"}\n', "--problem-column"),
         ("a.jsonl", "[1]\n", "row 1 is list"),
+        ("a.jsonl", "[1]", "row 1 is list"),
+        ("a.jsonl", '{"problem": "x", "answer": "1"}\nnull\n', "row 2 is null, not an object"),
+        ("a.jsonl", '{"problem": "x", "answer": "1"}\n\n7\n', "row 2 is int, not an object"),
+        ("a.json", "[null]", "row 1 is null, not an object"),
+        ("a.json", "null", "row 1 is null, not an object"),
+        ("a.json", '[{"problem": "x", "answer": "1"}, 2.5]', "row 2 is float, not an object"),
+        ("a.json", "[" * 100_000 + "]" * 100_000, "more levels than can be read"),
+        ("a.jsonl", '\n{"problem": ' + "[" * 100_000 + "]" * 100_000 + "}", "line 2 is JSON in more levels"),
+        ("a.jsonl", '{"problem": ' + "[" * 600 + "]" * 600 + ', "answer": 1}', "row 1 has an empty 'problem'"),
+        ("a.jsonl", '{"problem": "x", "answer": ' + "7" * 5000 + "}", "line 1 cannot be read.*4300 digits.*as text"),
+        ("a.json", '{"problem": "x",\n"answer": 1}', "line 1 is not JSON"),
+        ("a.jsonl", "\ufeff", "no rows"),
+        ("a.json", "\ufeff", "no rows"),
+        ("a.csv", "\ufeff", "no rows"),
+        ("a.csv", "problem,answer\n", "no rows"),
+        ("a.csv", "problem,answer,problem\nx,1,y\n", "several columns 'problem'"),
+        ("a.csv", "problem,answer\n" + "x" * 200_000 + ",1\n", "cannot be read as csv: field larger"),
         ("a.jsonl", "\n\n", "no rows"),
         ("a.json", "[]", "no rows"),
         ("a.txt", "x", "not read"),
@@ -86,6 +106,92 @@ def test_what_is_wrong_with_a_file_is_said(tmp_path, name, text, words):
     with pytest.raises(ValueError, match=words) as error:
         data.from_rows(data.read_rows(path), path)
     assert path in str(error.value) and "\n" not in str(error.value)
+
+
+def test_parquet_without_rows_or_with_a_column_twice(tmp_path):
+    path = str(tmp_path / "a.parquet")
+    parquet.write_table(pyarrow.table({"problem": pyarrow.array([], pyarrow.string())}), path)
+    with pytest.raises(ValueError, match="a.parquet has no rows"):
+        data.read_rows(path)
+    columns = [pyarrow.array([value]) for value in ("x", "1", "2")]
+    parquet.write_table(pyarrow.table(columns, names=["problem", "answer", "answer"]), path)
+    with pytest.raises(ValueError, match="a.parquet has several columns 'answer'; give each its own name"):
+        data.read_rows(path)
+
+
+def test_a_text_beyond_all_bounds_is_refused_or_left_out():
+    long = {"problem": "x" * (data.LONGEST_TEXT + 1), "answer": "1"}
+    rows = [{"problem": "x", "answer": "1"}, long]
+    with pytest.raises(
+        ValueError, match="a.jsonl row 2 has a text of 1,000,001 characters, of which at most 1,000,000"
+    ):
+        data.from_rows(rows, "a.jsonl")
+    with pytest.raises(ValueError, match="a.jsonl row 1 has a text of 1,000,002 characters"):
+        data.from_rows([{"problem": "x", "answer": [long["problem"], "1"]}], "a.jsonl")
+    counts = Counter()
+    assert data.from_rows(rows, "hub", left_out=counts) == [("x", "1")]
+    assert counts == {"too long": 1}
+
+
+HOSTILE = [
+    "\\boxed{",
+    "\\boxed ",
+    "\\fbox{}\\boxed{",
+    "{",
+    "\\",
+    "\\{",
+    " ",
+    "user: ",
+    "Solve the following math problem step by step. The last line of your ",
+    "reason step by step ",
+    'Remember to put your answer on its own line after "Answer:"',
+    "\\frac ",
+    "\\frac1 ",
+    "1, ",
+    "1,000",
+    "a-",
+    "a!",
+    "#### ",
+    "\u0301\u0323",
+    "½",
+    "²",
+]
+
+
+@pytest.mark.parametrize("start", ["", "1", "\\boxed", "\\frac1"])
+@pytest.mark.parametrize("piece", HOSTILE)
+def test_every_pattern_takes_linear_time(piece, start):
+    text = start + piece * (100_000 // len(piece))
+    begun = time.process_time()
+    data.final_answer(text)
+    data.normal(text)
+    assert time.process_time() - begun < 5
+
+
+def test_one_line_of_fifty_megabytes_is_refused_at_once(tmp_path):
+    path = write(tmp_path, "a.jsonl", json.dumps({"problem": "x", "answer": "\\boxed{" * 7_000_000}))
+    begun = time.process_time()
+    with pytest.raises(ValueError, match="row 1 has a text of 49,000,000 characters"):
+        data.load_pairs(path)
+    assert time.process_time() - begun < 5
+
+
+@pytest.mark.parametrize(
+    "value", ["1e-99999999", "1e99999999", "9" * 1000, "1/0", "nan", True, [0.5], {}, "", "1_0", "½"]
+)
+def test_a_difficulty_that_is_no_pass_rate(tmp_path, value):
+    path = write(tmp_path, "a.jsonl", json.dumps({"problem": "x", "answer": "1", "difficulty": value}))
+    begun = time.process_time()
+    with pytest.raises(ValueError, match="a.jsonl row 1: difficulty .* is no pass rate like 3/8 or 0.4") as caught:
+        data.load_pairs(path, difficulty=(0, 0.9))
+    assert time.process_time() - begun < 1 and len(str(caught.value)) < 300
+
+
+@pytest.mark.parametrize(
+    ("value", "rate"), [("3/8", 0.375), (" 0.25 ", 0.25), (".5", 0.5), (1, 1), (5e-1, 0.5), (1e-7, 0)]
+)
+def test_a_difficulty_in_any_dress(value, rate):
+    assert float(data.pass_rate(value, "row 1")) == pytest.approx(rate, abs=1e-6)
 
 
 def test_missing_file_and_wrong_encoding(tmp_path):
@@ -122,7 +228,7 @@ DAPO_AFTER = '\n\nRemember to put your answer on its own line after "Answer:".'
 
 
 def prepared(name: str, evaluation: dict, missing=()) -> tuple[list, str]:
-    return data.prepare(Namespace(data=name, difficulty=(0.0, 1.0)), evaluation, missing)
+    return data.clean(Namespace(data=name, difficulty=(0.0, 1.0)), evaluation, missing)
 
 
 class Namespace(SimpleNamespace):
@@ -232,7 +338,7 @@ def test_known_data_sets_in_their_own_shapes(tmp_path, monkeypatch, name, rows, 
     assert f"{len(rows)} rows" in line and data.fingerprint(expected)[:16] in line
     if hub:
         source = data.SOURCES[name]
-        assert asked == [((source[0], source[1]), {"split": "train", "revision": source[2]})]
+        assert asked == [((source.hub, source.config), {"split": "train", "revision": source.revision})]
 
 
 def test_what_was_left_out_is_counted():
@@ -290,6 +396,14 @@ def test_repeats_and_overlap_are_left_out_and_counted(tmp_path):
         ("Use [1, 23, 4]", "Use [12, 3, 4]", False),
         ("1,000 apples and 10{,}000", "1000 apples, and 10\\,000", True),
         ("(1, 200)", "(1,200)", False),
+        ("2²+1", "22+1", False),
+        ("2²+1", "2^2 + 1", True),
+        ("10⁻³", "10^{-3}", True),
+        ("10⁶", "106", False),
+        ("x₁₂ + 1", "x_{12}+1", True),
+        ("x₁ + 1", "x1+1", False),
+        ("½ of it", r"\frac12 of it", True),
+        ("2½", "21/2", False),
     ],
 )
 def test_which_problems_are_the_same(one, other, same):
@@ -301,30 +415,46 @@ def test_difficulty_keeps_pass_rates_within_the_range_and_counts_the_others(tmp_
     rows += [{"problem": "p9", "answer": "1", "difficulty": None}, {"problem": "p10", "answer": "1", "difficulty": 0.5}]
     path = write(tmp_path, "a.jsonl", "\n".join(map(json.dumps, rows)))
     for name in (path, f"polaris={path}"):
-        pairs, counts = data.load(name, difficulty=(0.125, 0.5))
+        pairs, counts = data.load_pairs(name, difficulty=(0.125, 0.5))
         assert [problem for problem, _ in pairs] == ["p1", "p2", "p3", "p4", "p10"]
         assert counts["outside --difficulty"] == 6
         with pytest.raises(ValueError, match="no row is left"):
-            data.load(name, difficulty=(0.9, 0.95))
+            data.load_pairs(name, difficulty=(0.9, 0.95))
     path = write(tmp_path, "b.jsonl", '{"problem": "x", "answer": "1", "difficulty": "hard"}')
     with pytest.raises(ValueError, match="row 1: difficulty 'hard' is no pass rate"):
-        data.load(path, difficulty=(0, 0.9))
+        data.load_pairs(path, difficulty=(0, 0.9))
     path = write(tmp_path, "c.jsonl", '{"problem": "x", "answer": "1"}')
     with pytest.raises(ValueError, match="lacks difficulty.*it has problem, answer"):
-        data.load(path, difficulty=(0, 0.9))
+        data.load_pairs(path, difficulty=(0, 0.9))
     with pytest.raises(ValueError, match="lacks dataset.*it has problem, answer"):
-        data.load(f"dolci={path}")
+        data.load_pairs(f"dolci={path}")
 
 
 @pytest.mark.parametrize(
     ("value", "answer"),
     [
-        (5, "5"), (0, "0"), (None, ""), ("  ", ""), ([], ""), (["1", "2"], "1"), ({"ground_truth": "3"}, "3"),
-        ("\\boxed{\\frac{1}{2}} then \\boxed{3", "\\frac{1}{2}"), ("\\boxed{1", ""), ("\\fbox{7}", "7"),
-        ("a #### b #### -1,234", "-1234"), ("1,234", "1,234"), ("word " * 100, ""),
+        (5, "5"),
+        (0, "0"),
+        (None, ""),
+        ("  ", ""),
+        ([], ""),
+        ([["1"]], ""),
+        (["1", "2"], "1"),
+        ({"ground_truth": "3"}, "3"),
+        ({"gold": "3"}, ""),
+        ("\\boxed{\\frac{1}{2}} then \\boxed{3", "\\frac{1}{2}"),
+        ("\\boxed{\\{1,2\\}}", "\\{1,2\\}"),
+        ("\\boxed{2\\} then", ""),
+        ("\\boxed{1", ""),
+        ("\\boxed{1} \\boxed{}", ""),
+        ("\\fbox{7}", "7"),
+        ("\\boxed{6} \\boxed 7.", "7"),
+        ("a #### b #### -1,234", "-1234"),
+        ("1,234", "1,234"),
+        ("word " * 100, ""),
         ("\\boxed{\\text{(C)}}", "\\text{(C)}"),
     ],
-)  # fmt: skip
+)
 def test_final_answer(value, answer):
     assert data.final_answer(value) == answer
 
@@ -344,19 +474,19 @@ def test_other_data_sets_by_their_columns(tmp_path, monkeypatch):
     monkeypatch.setattr(
         datasets, "load_dataset", lambda name, *args, **kw: load({"a/b-1.5": folder}[name], *args, **kw)
     )
-    assert data.load("a/b-1.5", "q", "gold")[0] == [("1+1", "2")]
+    assert data.load_pairs("a/b-1.5", "q", "gold")[0] == [("1+1", "2")]
     with pytest.raises(
         ValueError, match=r"^a/b-1.5 has no column 'problem' or .*; it has q, gold: .*--problem-column$"
     ):
-        data.load("a/b-1.5")
+        data.load_pairs("a/b-1.5")
     with pytest.raises(ValueError, match=r"has no column 'answer' or 'solution'; it has q, gold: .*--answer-column$"):
-        data.load("a/b-1.5", "q")
+        data.load_pairs("a/b-1.5", "q")
     with pytest.raises(
         ValueError, match=r"a/b-1.5 cannot be loaded \(Unknown split .*train.*--data-split.*FILE.parquet"
     ):
-        data.load("a/b-1.5", "q", "gold", split="test")
+        data.load_pairs("a/b-1.5", "q", "gold", split="test")
     with pytest.raises(ValueError, match=r"BuilderConfig 'en' not found. Available: .*--data-config"):
-        data.load("a/b-1.5", "q", "gold", config="en")
+        data.load_pairs("a/b-1.5", "q", "gold", config="en")
 
 
 @pytest.mark.parametrize(
@@ -377,7 +507,7 @@ def test_errors_of_the_hub_are_one_line_that_says_how_to_go_on(monkeypatch, erro
 
     monkeypatch.setattr(datasets, "load_dataset", fail)
     with pytest.raises(ValueError, match=words) as caught:
-        data.load("gsm8k", revision="y")
+        data.load_pairs("gsm8k", revision="y")
     assert "\n" not in str(caught.value) and str(caught.value).startswith("openai/gsm8k cannot be loaded")
 
 
@@ -392,7 +522,7 @@ def test_errors_of_the_hub_are_one_line_that_says_how_to_go_on(monkeypatch, erro
 )
 def test_names_that_mean_nothing(name, options, words):
     with pytest.raises((ValueError, OSError), match=words):
-        data.load(name, **options)
+        data.load_pairs(name, **options)
 
 
 def test_benchmarks_that_cannot_be_had_are_named_and_without_network_not_all_tried():

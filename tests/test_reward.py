@@ -2,6 +2,8 @@
 
 import multiprocessing
 import os
+import re
+import resource
 import signal
 import subprocess
 import sys
@@ -12,6 +14,7 @@ from pathlib import Path
 import pytest
 
 import reward
+from tasks import answers, grader
 
 ALL = ("graded", "no_box", "too_long", "timeouts", "kills", "failed")
 
@@ -26,6 +29,12 @@ def score(answer, gold):
 
 def counted(**expected):
     return {f"reward_{name}": expected.get(name, 0) for name in ALL}
+
+
+def processor_seconds():
+    """What the children that have ended took."""
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
 
 
 def children():
@@ -43,11 +52,13 @@ def children():
 
 
 @pytest.fixture
-def fresh(monkeypatch):
-    """A pool and a cache of its own."""
-    monkeypatch.setattr(reward, "_pools", {})
-    monkeypatch.setattr(reward, "_cache", {})
-    reward.counts()
+def fresh():
+    """New children, the old ones gone, and no verdict remembered."""
+    reward.GRADER.forget()
+    deadline = time.monotonic() + 30
+    while children():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
 
 
 # ---- rules 1 to 3: which text is the answer
@@ -93,6 +104,16 @@ def test_the_last_box_after_the_last_thought(response, expected):
 # ---- rules 4 and 5: `gold ; answer ; answer ...`, all equal in the first table and all different in the second
 
 EQUAL = r"""
+25 ; 5² ; ５² ; 5^{2} ; √625
+32 ; 2⁵ ; 2^5 ; 2⁴⋅2 ; 2⁶⁻¹
+1000000 ; 10⁶ ; 10^6
+0.01 ; 10⁻² ; 1⁄100
+1/2 ; ½ ; \frac12 ; 1⁄2
+2.5 ; 2½ ; 5⁄2
+¾x ; \frac{3}{4}x ; 0.75x
+x_1+1 ; x₁+1 ; 1+x_{1}
+52_8 ; 52₈ ; 42
+2^{n+1} ; 2ⁿ⁺¹ ; 2·2ⁿ
 5 ; 5.0 ; 5. ; +5 ; 05 ; (5) ; {5} ; \{5\} ; \text{5} ; \mathbf{5} ; $5$ ; \(5\) ; 10/2 ; \sqrt{25} ; 2+3 ; 2+3=5 ; ５
 -3 ; −3 ; -3.00 ; -\frac{6}{2} ; {-3} ; \frac{9}{-3}
 25 ; 025 ; 25.0 ; 5^2
@@ -187,6 +208,10 @@ E_{1}+1 ; E_1+1
 """
 
 UNEQUAL = r"""
+25 ; 2⁵ ; 5⁵ ; 2⁵⁰
+106 ; 10⁶
+1/2 ; 1½ ; ⅓ ; ½½
+x_1+1 ; x1+1 ; x₂+1
 \frac13 ; 0.333 ; 0.33333333 ; 0.333333333333333333333333333333 ; 3 ; 0.3\overline{4}
 \pi ; 3.14159265 ; 3.14 ; \frac{22}{7} ; 3.141592653589793238462643383279502884197169399375105820974944592307 ; p
 \sqrt2 ; 1.41421356 ; \sqrt3 ; 2 ; \frac{665857}{470832} ; \sqrt{-2}
@@ -324,6 +349,78 @@ def test_odd_golds_give_no_credit_and_do_not_raise(gold):
     assert reward.grade([box("5"), r"\boxed{\,}", r"\boxed{None}"], [gold] * 3) == [0.0] * 3
 
 
+# ---- how answers.py does it
+
+
+@pytest.mark.parametrize(
+    ("pattern", "new", "before", "after"), answers.REWRITES + answers.FOR_SYMPY, ids=lambda value: str(value)[:20]
+)
+def test_each_rule_does_what_its_example_says(pattern, new, before, after):
+    assert before != after
+    assert re.sub(pattern, new, before, flags=re.DOTALL) == after
+
+
+@pytest.mark.parametrize(("pattern", "example"), answers.MISREAD)
+def test_each_reason_to_refuse_has_an_example_that_no_other_refuses(pattern, example):
+    assert [other for other, _ in answers.MISREAD if re.search(other, example)] == [pattern]
+
+
+def test_each_name_of_a_sign_becomes_the_sign():
+    seen = []
+    for sign, names in answers.SIGNS.items():
+        for name in names.split():
+            # LaTeX's names need their backslash; signs of several characters, and those beyond ASCII, do not.
+            written = name if name in ("<=", ">=", "->", "=>", "**") or not name.isascii() else rf"\{name}"
+            pattern = next(rule[0] for rule in answers.REWRITES if rule[1] is answers.to_sign)
+            assert re.sub(pattern, answers.to_sign, written) == sign, name
+            seen.append(name)
+    assert len(seen) == len(set(seen)) > 70
+
+
+@pytest.mark.parametrize(
+    ("text", "spelled"),
+    [
+        ("2⁵", "2^{5}"),
+        ("10⁻⁶", "10^{−6}"),
+        ("x²³y", "x^{23}y"),
+        ("x₁₂", "x_{12}"),
+        ("½", r"\frac{1}{2}"),
+        ("2⅔+1", r"2\frac{2}{3}+1"),
+        ("1⁄2", "1/2"),
+        ("⅟3", "1/3"),
+        ("５", "5"),
+        ("e\u0301", "é"),
+        ("plain \\frac12", "plain \\frac12"),
+        ("", ""),
+    ],
+)
+def test_what_unicode_writes_in_one_letter_is_spelled_out(text, spelled):
+    assert answers.spell_out(text) == spelled
+
+
+def test_spelling_out_takes_linear_time():
+    """Python's own normal form takes 40 seconds for these accents."""
+    begun = time.process_time()
+    answers.spell_out("a" + "\u0301\u0323" * 100_000)
+    assert time.process_time() - begun < 5
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("{a}", {0: 2}),
+        ("{{}}", {0: 3, 1: 2}),
+        ("}{}", {1: 2}),
+        ("{{}", {1: 2}),
+        (r"{\}}", {0: 3}),
+        (r"\{}", {}),
+        ("", {}),
+    ],
+)
+def test_matching_braces(text, expected):
+    assert answers.matching_braces(text) == expected
+
+
 # ---- rule 6: hostile answers
 
 SLOW = [  # each takes its child's life
@@ -376,11 +473,12 @@ FAST = [
 
 
 @pytest.mark.parametrize("answer", SLOW[:3] + [pytest.param(answer, marks=pytest.mark.slow) for answer in SLOW[3:]])
-def test_a_hostile_answer_costs_three_seconds(answer):
+def test_a_hostile_answer_costs_three_seconds(answer, fresh):
+    score("x", "y")
     reward.counts()
-    begun = time.monotonic()
+    begun = processor_seconds()
     assert score(answer, "5") == 0.0
-    assert time.monotonic() - begun < 4  # where two cores are shared with others
+    assert answers.SECONDS < processor_seconds() - begun < answers.SECONDS + 2  # the child's start is among them
     assert reward.counts() == counted(timeouts=1)
     assert score(answer, answer) == 1.0  # the same text needs no arithmetic
 
@@ -390,7 +488,7 @@ def test_a_malformed_answer_is_wrong(answer):
     reward.counts()
     begun = time.monotonic()
     assert score(answer, "5") == 0.0
-    assert time.monotonic() - begun < 4
+    assert time.monotonic() - begun < 30  # where the cores are shared with others
     assert sum(reward.counts().values()) == 1
 
 
@@ -405,9 +503,9 @@ def test_long_responses_are_searched_in_linear_time():
         r"\boxed{" * 50_000,
         r"\boxed" + " " * 500_000,
     ]
-    begun = time.monotonic()
+    begun = time.process_time()
     assert reward.grade(texts, ["5"] * 8) == [1.0] * 6 + [0.0] * 2
-    assert time.monotonic() - begun < 3
+    assert time.process_time() - begun < 3
 
 
 def test_good_answers_among_hostile_ones_keep_their_score(fresh):
@@ -427,7 +525,7 @@ def test_good_answers_among_hostile_ones_keep_their_score(fresh):
 def test_a_group_of_equal_answers_is_graded_once(fresh):
     begun = time.monotonic()
     assert reward.grade([box(SLOW[0])] * 64, ["5"] * 64) == [0.0] * 64
-    assert time.monotonic() - begun < 5
+    assert time.monotonic() - begun < 40  # one after the other they take 54 seconds or more
     assert reward.counts() == counted(timeouts=64)
 
 
@@ -468,6 +566,39 @@ def test_a_child_killed_from_outside_costs_no_score(fresh):
     assert reward.counts()["reward_failed"] == 0
 
 
+def test_a_busy_machine_changes_no_score(fresh):
+    """The children are stopped for longer than an answer may take, as they may be where many processes want to run."""
+    reward.grade([box("x"), box("y")], ["y", "z"])
+    stopped = children()
+    golds = [rf"{n}\sqrt{{3}}" for n in range(2, 8)]
+    rewards = []
+    for child in stopped:
+        os.kill(child, signal.SIGSTOP)
+    thread = threading.Thread(
+        target=lambda: rewards.extend(reward.grade([box(rf"\sqrt{{{3 * n * n}}}") for n in range(2, 8)], golds))
+    )
+    thread.start()
+    time.sleep(answers.SECONDS + 1)
+    for child in stopped:
+        os.kill(child, signal.SIGCONT)
+    thread.join()
+    assert rewards == [1.0] * 6
+    assert reward.counts()["reward_timeouts"] == 0
+    assert set(stopped) <= set(children())
+
+
+def test_a_child_that_no_longer_runs_is_replaced(fresh, monkeypatch):
+    monkeypatch.setattr(grader, "WALL_SECONDS", 1.0)
+    reward.grade([box("x"), box("y")], ["y", "z"])
+    stopped = children()
+    for child in stopped:
+        os.kill(child, signal.SIGSTOP)
+    assert reward.grade([box("m"), box("n")], ["n", "m"]) == [0.0, 0.0]
+    assert reward.counts() == counted(timeouts=2, graded=2)
+    assert not set(stopped) & set(children())
+    assert score(r"\sqrt8", r"2\sqrt2") == 1.0
+
+
 @pytest.mark.slow
 def test_children_stay_below_one_gigabyte(fresh):
     peaks, done = [], threading.Event()
@@ -488,7 +619,7 @@ def test_children_stay_below_one_gigabyte(fresh):
     reward.grade([box(answer) for answer in SLOW], ["5"] * len(SLOW))
     done.set()
     thread.join()
-    assert 100_000 < max(peaks) <= reward.answers.MEMORY / 1024
+    assert 100_000 < max(peaks) <= answers.MEMORY / 1024
 
 
 def test_a_forked_process_may_grade():
@@ -550,17 +681,16 @@ def test_a_few_failures_are_counted(broken):
 
 def test_timeouts_do_not_stop_the_run(monkeypatch):
     reward.counts()
-    monkeypatch.setattr(reward, "ask", lambda gold, answer: "timeouts")
+    monkeypatch.setattr(reward.GRADER, "ask", lambda gold, answer: "timeouts")
     assert reward.grade([box(f"{n}x") for n in range(20)], ["y"] * 20) == [0.0] * 20
     assert reward.counts() == counted(timeouts=20)
 
 
-def test_the_cache_is_bounded_and_keeps_the_latest(monkeypatch):
-    monkeypatch.setattr(reward, "_cache", {})
-    monkeypatch.setattr(reward, "CACHED", 2)
+def test_the_cache_is_bounded_and_keeps_the_latest(fresh, monkeypatch):
+    monkeypatch.setattr(grader, "CACHED", 2)
     for name in "xyxz":
         score(name, "n")
-    assert list(reward._cache) == [("n", "x"), ("n", "z")]
+    assert list(reward.GRADER.verdicts) == [("n", "x"), ("n", "z")]
 
 
 def test_as_many_golds_as_responses():

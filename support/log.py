@@ -1,63 +1,115 @@
-"""What a run writes down: figures of each step, lines on the console, metrics.jsonl and samples.jsonl."""
+"""What a run writes down: figures of each step, lines on the console, metrics.jsonl, samples.jsonl and their mirrors.
 
-import contextlib
+A group here is any record with prompt, tokens, logprobs, truncated, rewards and `dead`, as replay.Group is.
+"""
+
 import json
+import os
 import resource
+import subprocess
 import sys
 import time
 import uuid
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
-from buffer import Group
-from replay import Saved
 from support import ranks
+from support.state import Saved
+
+# ---------------------------------------------------------------- files
+
+
+def write_aside(path: Path, text: str) -> None:
+    """Writes a whole file under another name and renames it: a kill or a full disk leaves the old file as it was."""
+    aside = path.with_name(path.name + ".partial")
+    with open(aside, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    aside.replace(path)
 
 
 def append(path: Path, rows: list[dict]) -> None:
-    with open(path, "a") as file:
-        file.writelines(json.dumps(row) + "\n" for row in rows)
+    with open(path, "a", encoding="utf-8") as file:
+        for row in rows:
+            file.write(json.dumps(row) + "\n")
 
 
 def forget_after(path: Path, step: int) -> None:
-    """Forget what was written after the checkpoint at `step`, so that it is not there twice."""
-    if path.exists():
-        kept = [
-            line for line in path.read_text().splitlines() if line.endswith("}") and json.loads(line)["step"] <= step
-        ]
-        path.write_text("".join(line + "\n" for line in kept))
+    """Drops the rows that were written after the checkpoint at `step`, so that they are not there twice.
+
+    A last line that a kill or a full disk has torn is cut off. ValueError, in one line, for any other that is no row.
+    """
+    if not path.exists():
+        return
+    data = path.read_bytes()
+    lines = data.splitlines(keepends=True)
+    kept = []
+    for number, line in enumerate(lines, 1):
+        try:
+            row = json.loads(line)
+            if row["step"] <= step:
+                kept.append(line.decode().rstrip("\r\n") + "\n")
+        except (ValueError, TypeError, KeyError, IndexError, RecursionError) as error:
+            # Whole lines end in a newline, so that only a torn one can lack it.
+            if number == len(lines) and not line.endswith(b"\n"):
+                print(f"the last line of {path} was torn when the run was stopped; it is cut off", file=sys.stderr)
+                continue
+            what = " ".join(str(error).split())
+            raise ValueError(
+                f"line {number} of {path} is no row of a run ({type(error).__name__}: {what}); mend it or remove it"
+            ) from error
+    text = "".join(kept)
+    if text.encode() != data:
+        write_aside(path, text)
 
 
-def rollout_figures(groups: list[Group], replays: set[int]) -> dict:
+def commit() -> str:
+    """The commit of this code; empty outside of a git checkout."""
+    command = ["git", "rev-parse", "--short", "HEAD"]
+    try:
+        done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
+    except FileNotFoundError:  # no git
+        return ""
+    return done.stdout.strip()
+
+
+# ---------------------------------------------------------------- figures
+
+
+def rollout_figures(groups: list, replays: set[int]) -> dict:
     """What the answers generated in this step were like; `replays` are the prompts that the sampler brought back.
 
-    Shares are of groups, `truncated` of answers; pass_rates_*: [G + 1] numbers of groups with 0 .. G right answers;
-    entropy: nats per token, estimated by -log mu of the sampled tokens at their temperature.
+    Shares are of groups, `truncated` of answers. pass_rates_*: [G + 1] numbers of groups with 0 .. G right answers.
+    entropy: nats per token, estimated by -log mu of the sampled tokens at their temperature, dead groups included.
     """
     rewards = torch.stack([group.rewards for group in groups])  # [P, G]
     dead = torch.tensor([group.dead for group in groups]).float()
     back = torch.tensor([group.prompt in replays for group in groups])
+    logprobs = torch.cat([answer for group in groups for answer in group.logprobs])
     size = rewards.shape[1]
-    centred = (rewards - rewards.mean(1, keepdim=True)).abs().mean(1)  # [P], whatever --advantage is
-    counts = (rewards.mean(1) * size).round().long()
-    logprobs = torch.cat([lp for group in groups for lp in group.logprobs])
+    mean = rewards.mean(1)
+    # of rewards less their mean, whatever --advantage divides them by
+    distance = (rewards - mean[:, None]).abs().mean(1)
+    right = (mean * size).round().long()
     figures = {
         "reward": rewards.mean().item(),
         "zero_variance": dead.mean().item(),
-        "zero_variance_fresh": dead[~back].mean().item() if (~back).any() else 0.0,
+        "zero_variance_fresh": 0.0,
         "all_right": (rewards == 1).all(1).float().mean().item(),
         "all_wrong": (rewards == 0).all(1).float().mean().item(),
-        "mean_abs_advantage": centred.mean().item(),
+        "mean_abs_advantage": distance.mean().item(),
         "replayed": back.float().mean().item(),
         "truncated": sum(sum(group.truncated) for group in groups) / rewards.numel(),
-        "entropy": -logprobs.mean().item(),  # dead groups included
-        "pass_rates_fresh": torch.bincount(counts[~back], minlength=size + 1).tolist(),
-        "pass_rates_replayed": torch.bincount(counts[back], minlength=size + 1).tolist(),
+        "entropy": -logprobs.mean().item(),
+        "pass_rates_fresh": torch.bincount(right[~back], minlength=size + 1).tolist(),
+        "pass_rates_replayed": torch.bincount(right[back], minlength=size + 1).tolist(),
     }
+    if (~back).any():
+        figures["zero_variance_fresh"] = dead[~back].mean().item()
     if back.any():
         figures["zero_variance_replayed"] = dead[back].mean().item()
         figures["reward_replayed"] = rewards[back].mean().item()
@@ -65,10 +117,11 @@ def rollout_figures(groups: list[Group], replays: set[int]) -> dict:
 
 
 class Gauge(Saved):
-    """How far a visit moves a prompt: the change of its pass rate from one visit to the next, kept separately for
-    visits by replay and by the epochs. Replay pays where it is small (LOG.md), so that a run can tell whether it does.
+    """How far a visit moves a prompt: the change of its pass rate from one visit to the next.
 
-    Prompts are brought back for their measured rate, which luck is part of: some of their change is luck going away.
+    Visits by replay and by the epochs are kept apart. Replay pays where the change is small (lab/LOG.md), so that
+    a run can tell whether it does. Prompts are brought back for their measured rate, which luck is part of: some of
+    their change is luck going away.
     """
 
     STATE = ("rate", "sums")
@@ -77,40 +130,34 @@ class Gauge(Saved):
         self.rate = np.full(num_prompts, np.nan)  # of the latest visit
         self.sums = np.zeros(6)  # number, sum and sum of squares of changes: by the epochs, by replay
 
-    def observe(self, groups: list[Group], replays: set[int]) -> None:
+    def observe(self, groups: list, replays: set[int]) -> None:
         for group in groups:
             rate = float(group.rewards.mean())
             change = rate - self.rate[group.prompt]
             if not np.isnan(change):
-                first = 3 * (group.prompt in replays)
+                first = 3 if group.prompt in replays else 0
                 self.sums[first : first + 3] += (1, change, change**2)
             self.rate[group.prompt] = rate
 
     def figures(self) -> dict:
         """Mean change so far with its standard error, and the number of changes, for those of which there are some."""
         figures = {}
-        for name, (n, total, squares) in zip(("epochs", "replay"), self.sums.reshape(2, 3), strict=True):
+        for first, name in ((0, "epochs"), (3, "replay")):
+            n, total, squares = self.sums[first : first + 3]
             if n > 1:
-                error = (max(squares / n - (total / n) ** 2, 0) / (n - 1)) ** 0.5
-                figures |= {f"gain_{name}": total / n, f"gain_{name}_se": error, f"gain_{name}_n": int(n)}
+                mean = total / n
+                variance = max(squares / n - mean**2, 0)
+                figures[f"gain_{name}"] = mean
+                figures[f"gain_{name}_se"] = (variance / (n - 1)) ** 0.5
+                figures[f"gain_{name}_n"] = int(n)
         return figures
-
-
-def samples(run, own: list[tuple[Group, list[str]]], step: int, count: int = 2) -> list[dict]:
-    """A few of the step's answers as text."""
-    rows = []
-    for group, answers in own[:count]:
-        prompt = run.prompts[group.prompt]
-        for i in range(min(count, len(answers))):
-            row = {"step": step, "prompt": prompt.text, "response": answers[i], "answer": prompt.answer}
-            rows.append(row | {"reward": group.rewards[i].item(), "truncated": group.truncated[i]})
-    return rows
 
 
 def peak_memory_mb() -> float:
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 1024)
+    unit = 2**20 if sys.platform == "darwin" else 2**10  # macOS counts bytes, Linux kilobytes
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
 
 
 class Clock:
@@ -123,19 +170,41 @@ class Clock:
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         now = time.perf_counter()
-        seconds, self.then = now - self.then, now
+        seconds = now - self.then
+        self.then = now
         return seconds
+
+
+# ---------------------------------------------------------------- one step
 
 
 def progress(run):
     """The steps that are left, with a bar on rank 0 where there is a terminal."""
-    return tqdm(
-        range(run.step + 1, run.cfg.steps + 1), initial=run.step, total=run.cfg.steps, unit="step",
-        disable=None if ranks.is_main() else True,
-    )  # fmt: skip
+    steps = range(run.step + 1, run.cfg.steps + 1)
+    disable = None if ranks.is_main() else True  # None: no bar where there is no terminal
+    return tqdm(steps, initial=run.step, total=run.cfg.steps, unit="step", disable=disable)
 
 
-def write(run, row: dict, progress, own: list[tuple[Group, list[str]]]) -> None:
+def samples(run, own: list[tuple], step: int, count: int = 2) -> list[dict]:
+    """A few of the step's answers as text. own: pairs of a group and its texts."""
+    rows = []
+    for group, answers in own[:count]:
+        prompt = run.prompts[group.prompt]
+        for i, response in enumerate(answers[:count]):
+            rows.append(
+                {
+                    "step": step,
+                    "prompt": prompt.text,
+                    "response": response,
+                    "answer": prompt.answer,
+                    "reward": group.rewards[i].item(),
+                    "truncated": group.truncated[i],
+                }
+            )
+    return rows
+
+
+def write(run, row: dict, progress, own: list[tuple]) -> None:
     """One step to metrics.jsonl, to the console, and on evaluation steps some answers of `own`, this rank's groups with
     their texts, to samples.jsonl."""
     if not ranks.is_main():
@@ -146,135 +215,188 @@ def write(run, row: dict, progress, own: list[tuple[Group, list[str]]]) -> None:
         examples = samples(run, own, row["step"])
         append(run.folder / "samples.jsonl", examples)
         run.mirror.samples(examples)
-    progress.write(line(row))
+    progress.write(line(row, evaluated_on(run.cfg)))
 
 
 class Mirror:
-    """Copies of metrics.jsonl and samples.jsonl in Weights & Biases and TensorBoard; without either it does nothing.
+    """Copies of metrics.jsonl and samples.jsonl in TensorBoard and, synchronised from there, in Weights & Biases.
 
-    ValueError, in one line, at once where a package is missing, and from `start` where wandb cannot begin a run.
+    Without either it does nothing. ValueError, in one line, at once where a package is missing, and from `start` where
+    wandb cannot begin a run.
     """
 
     def __init__(self, project: str = "", tensorboard: bool = False):
-        self.project, self.run, self.board = project, None, None
-        try:
-            if project:
+        self.project = project
+        self.wandb = None  # the module
+        self.run = None  # its run
+        self.writer = None  # the class
+        self.board = None  # its object
+        if project:
+            try:
                 import wandb
-
-                self.wandb = wandb
-            if tensorboard:
+            except ImportError as error:
+                raise ValueError(missing("--wandb", "wandb", error)) from error
+            self.wandb = wandb
+        if project or tensorboard:
+            try:
                 from torch.utils.tensorboard import SummaryWriter
-
-                self.writer = SummaryWriter
-        except ImportError as error:
-            name = "wandb" if project and not hasattr(self, "wandb") else "tensorboard"
-            raise ValueError(f"--{name} needs a package: pip install {name}, or leave it out ({error})") from error
+            except ImportError as error:
+                flag = "--tensorboard" if tensorboard else "--wandb"
+                raise ValueError(missing(flag, "tensorboard", error)) from error
+            self.writer = SummaryWriter
 
     def start(self, folder: Path, settings: dict, step: int) -> None:
         """Begins, or goes on after `step`; what an interrupted run wrote later is dropped, as far as they allow."""
-        if hasattr(self, "wandb"):
+        # wandb first: it watches the writers that are opened after it
+        if self.wandb:
             id_file = folder / "wandb-id"  # the run in wandb that belongs to this folder
-            if not (step and id_file.exists()):
-                id_file.write_text(uuid.uuid4().hex[:12])
+            if not step or not id_file.exists():
+                write_aside(id_file, uuid.uuid4().hex[:12])
             try:
                 self.run = self.wandb.init(
-                    project=self.project, name=folder.name, id=id_file.read_text(), resume="allow", dir=str(folder),
+                    project=self.project,
+                    name=folder.name,
+                    id=id_file.read_text(),
+                    resume="allow",
+                    dir=str(folder),
                     config=settings,
-                )  # fmt: skip
+                    sync_tensorboard=True,
+                )
             except self.wandb.Error as error:
                 what = " ".join(str(error).split())
                 raise ValueError(f"--wandb cannot start ({what}): wandb login, or set WANDB_MODE=offline") from error
-        if hasattr(self, "writer"):
+        if self.writer:
             self.board = self.writer(str(folder / "tensorboard"), purge_step=step + 1)
 
     def log(self, row: dict) -> None:
         """Numbers as curves, lists as histograms: they are counts of 0, 1, 2 ..."""
+        if not self.board:
+            return
         step = row["step"]
-        numbers = {name: value for name, value in row.items() if isinstance(value, int | float) and name != "step"}
-        counts = {name: value for name, value in row.items() if isinstance(value, list) and sum(value) > 0}
-        if self.run:
-            histogram = self.wandb.Histogram
-            bars = {n: histogram(np_histogram=(c, [i - 0.5 for i in range(len(c) + 1)])) for n, c in counts.items()}
-            self.run.log(numbers | bars, step=step)
-        if self.board:
-            for name, value in numbers.items():
+        for name, value in row.items():
+            if isinstance(value, int | float) and name != "step":
                 self.board.add_scalar(name, value, step)
-            for name, c in counts.items():
+            elif isinstance(value, list) and sum(value) > 0:
+                values = np.arange(len(value))
+                counts = np.array(value)
                 self.board.add_histogram_raw(
-                    name, min=0, max=len(c) - 1, num=sum(c), sum=sum(i * n for i, n in enumerate(c)),
-                    sum_squares=sum(i * i * n for i, n in enumerate(c)), bucket_limits=[i + 0.5 for i in range(len(c))],
-                    bucket_counts=c, global_step=step,
-                )  # fmt: skip
-            self.board.flush()
+                    name,
+                    min=0,
+                    max=len(value) - 1,
+                    num=sum(value),
+                    sum=int((values * counts).sum()),
+                    sum_squares=int((values**2 * counts).sum()),
+                    bucket_limits=(values + 0.5).tolist(),
+                    bucket_counts=value,
+                    global_step=step,
+                )
+        self.board.flush()
 
     def samples(self, rows: list[dict]) -> None:
         """Rows of samples.jsonl as text."""
-        if self.run and rows:
-            cells = [[v if isinstance(v, str | int | float) else json.dumps(v) for v in row.values()] for row in rows]
-            self.run.log({"samples": self.wandb.Table(columns=list(rows[0]), data=cells)}, step=rows[0]["step"])
-        if self.board:
-            for i, row in enumerate(rows):  # four spaces: Markdown leaves LaTeX and tags alone
-                text = "\n".join(f"{name}: {value}" for name, value in row.items())
-                self.board.add_text(f"samples/{i}", "    " + text.replace("\n", "\n    "), row["step"])
+        if not self.board or not rows:
+            return
+        for i, row in enumerate(rows):
+            text = "\n".join(f"{name}: {value}" for name, value in row.items())
+            # four spaces before each line: Markdown then leaves LaTeX and tags alone
+            indented = "    " + text.replace("\n", "\n    ")
+            self.board.add_text(f"samples/{i}", indented, row["step"])
+        # wandb takes curves and histograms over from TensorBoard, and no texts
+        if self.run:
+            table = self.wandb.Table(columns=list(rows[0]))
+            for row in rows:
+                table.add_data(*[v if isinstance(v, str | int | float) else json.dumps(v) for v in row.values()])
+            self.run.log({"samples": table, "global_step": rows[0]["step"]})
 
     def close(self) -> None:
-        if self.run:
-            self.run.finish()
         if self.board:
             self.board.close()
+        if self.run:
+            self.run.finish()
 
 
-def profiler(folder: Path, on: bool):
-    """A context whose step() is called after each step; with `on` it writes steps 3 and 4 to trace.json, which opens in
-    Perfetto or chrome://tracing."""
-    import torch.profiler as tp
-
-    if not on:
-        return contextlib.nullcontext(SimpleNamespace(step=lambda: None))
-    return tp.profile(
-        schedule=tp.schedule(wait=1, warmup=1, active=2, repeat=1), record_shapes=True,
-        on_trace_ready=lambda trace: trace.export_chrome_trace(str(folder / "trace.json")),
-    )  # fmt: skip
+def missing(flag: str, package: str, error: ImportError) -> str:
+    return f"{flag} needs a package: pip install {package}, or leave it out ({error})"
 
 
-def line(row: dict) -> str:
-    return (
-        f"step {row['step']:>5} | reward {row['reward']:.3f} | dead {row['zero_variance']:.2f} | "
-        f"replayed {row['replayed']:.2f} | |A| {row['mean_abs_advantage']:.3f} | entropy {row['entropy']:.3f} | "
-        f"cut {row['truncated']:.2f} | grad {row['grad_norm']:6.3f} | {row['seconds_total']:6.2f} s"
-        + (f" | held-out {row['eval_accuracy']:.3f}" if "eval_accuracy" in row else "")
-        + (" | many answers are cut off: raise --max-tokens, or --mask-truncated" if row["truncated"] > 0.3 else "")
-        + (" | every prompt was last all right or all wrong" if row.get("heap") == 0 else "")
-    )
+# ---------------------------------------------------------------- for reading
 
 
-def summary(rows: list[dict]) -> str:
-    """The run in a few lines: accuracy, cost, and where time went."""
-    parts = {n: sum(row[f"seconds_{n}"] for row in rows) for n in ("rollout", "reward", "update", "sync", "total")}
-    time_went = ", ".join(f"{n} {parts[n] / max(parts['total'], 1e-9):.0%}" for n in list(parts)[:-1])
-    evaluated = [row["eval_accuracy"] for row in rows if "eval_accuracy" in row]
+def evaluated_on(cfg) -> str:
+    """What an accuracy of this run is called: the embedded task that shares nothing has no held-out prompts."""
+    return "on the training prompts" if cfg.sharing == "none" else "held-out"
+
+
+def line(row: dict, evaluated: str = "held-out") -> str:
+    """A step on the console. evaluated: from `evaluated_on`."""
+    parts = [
+        f"step {row['step']:>5}",
+        f"reward {row['reward']:.3f}",
+        f"dead {row['zero_variance']:.2f}",
+        f"replayed {row['replayed']:.2f}",
+        f"|A| {row['mean_abs_advantage']:.3f}",
+        f"entropy {row['entropy']:.3f}",
+        f"cut {row['truncated']:.2f}",
+        f"grad {row['grad_norm']:6.3f}",
+        f"{row['seconds_total']:6.2f} s",
+    ]
+    if "eval_accuracy" in row:
+        parts.append(f"{evaluated} {row['eval_accuracy']:.3f}")
+    if row["truncated"] > 0.3:
+        parts.append("many answers are cut off: raise --max-tokens, or --mask-truncated")
+    if row.get("heap") == 0:
+        parts.append("every prompt was last all right or all wrong")
+    return " | ".join(parts)
+
+
+def summary(rows: list[dict], evaluated: str = "held-out") -> str:
+    """The run in a few lines: accuracy, cost, and where time went. evaluated: from `evaluated_on`."""
+    last = rows[-1]
+    lines = [f"{last['step']} steps, {last['rollouts']:,} rollouts, {last['tokens']:,} tokens sampled"]
+
+    # where time went
+    total = sum(row["seconds_total"] for row in rows)
+    shares = []
+    for name in ("rollout", "reward", "update", "sync"):
+        seconds = sum(row[f"seconds_{name}"] for row in rows)
+        shares.append(f"{name} {seconds / max(total, 1e-9):.0%}")
+    lines.append(f"time in steps: {total:.0f} s ({', '.join(shares)})")
+
+    # what came of it
+    accuracies = [row["eval_accuracy"] for row in rows if "eval_accuracy" in row]
     start = rows[0].get("eval_accuracy_start")
-    lines = [f"{rows[-1]['step']} steps, {rows[-1]['rollouts']:,} rollouts, {rows[-1]['tokens']:,} tokens sampled"]
-    lines += [f"time in steps: {parts['total']:.0f} s ({time_went})"]
-    if evaluated and start is not None:
-        lines += [f"held-out accuracy: {start:.3f} at the start, {evaluated[-1]:.3f} at the end"]
+    if accuracies and start is not None:
+        name = "held-out accuracy" if evaluated == "held-out" else f"accuracy {evaluated}"
+        lines.append(f"{name}: {start:.3f} at the start, {accuracies[-1]:.3f} at the end")
+
+    # whether bringing prompts back pays here
     for name, visitor in (("replay", "replay"), ("epochs", "the next epoch")):
-        if f"gain_{name}" in rows[-1]:
-            gain, error, n = (rows[-1][f"gain_{name}{part}"] for part in ("", "_se", "_n"))
-            lines += [f"pass rate from one visit to the next by {visitor}: {gain:+.3f} +- {error:.3f} ({n:,} visits)"]
-    if "gain_replay" in rows[-1]:
-        lines += [advice(rows[-1]["gain_replay"], rows[-1]["gain_replay_se"])]
-    used = [row for row in rows if sum(row.get("group_ages", [])) + sum(row.get("rollout_ages", []))]  # not DAPO's
-    sizes = [row["ess_replayed"] for row in used if "ess_replayed" in row]
+        if f"gain_{name}" in last:
+            gain = last[f"gain_{name}"]
+            error = last[f"gain_{name}_se"]
+            visits = last[f"gain_{name}_n"]
+            lines.append(
+                f"pass rate from one visit to the next by {visitor}: {gain:+.3f} +- {error:.3f} ({visits:,} visits)"
+            )
+    if "gain_replay" in last:
+        lines.append(advice(last["gain_replay"], last["gain_replay_se"]))
+
+    # whether stored answers do; those that dynamic sampling carries over have no ages, and do not count
+    sizes = []
+    for row in rows:
+        stored = sum(row.get("group_ages", [])) + sum(row.get("rollout_ages", []))
+        if stored and "ess_replayed" in row:
+            sizes.append(row["ess_replayed"])
     if sizes:
         size = sum(sizes) / len(sizes)
-        lines += [f"effective sample size of stored answers used again: {size:.3f} of 1: {advice_on_stored(size)}"]
+        lines.append(f"effective sample size of stored answers used again: {size:.3f} of 1: {advice_on_stored(size)}")
     return "\n".join(lines)
 
 
 def advice(gain: float, error: float) -> str:
-    """What the gauge means for replay in this run; the bounds are from simulate.py and the embedded task (LOG.md)."""
-    if any(abs(gain - bound) < 2 * error for bound in (0.1, 0.25)) or error > 0.05 or gain < 2 * error:
+    """What the gauge means for replay in this run; the bounds come from lab/simulate.py and the embedded task."""
+    near_a_bound = abs(gain - 0.1) < 2 * error or abs(gain - 0.25) < 2 * error
+    if near_a_bound or error > 0.05 or gain < 2 * error:
         return "too few visits, or too little learnt by them, to say what that means for replay"
     if gain < 0.1:
         return "a visit moves a prompt little: bringing back prompts of medium pass rate usually saves rollouts here"
@@ -284,7 +406,9 @@ def advice(gain: float, error: float) -> str:
 
 
 def advice_on_stored(size: float) -> str:
-    """The bounds are what whole groups did in seven cells of the embedded task (LOG.md)."""
+    """The bounds are what whole groups did in seven cells of the embedded task (lab/LOG.md)."""
     if size >= 0.98:
         return "nearly on-policy, which usually saves rollouts"
-    return "it may save or cost rollouts" if size >= 0.9 else "stale, which usually gains nothing or costs"
+    if size >= 0.9:
+        return "it may save or cost rollouts"
+    return "stale, which usually gains nothing or costs"

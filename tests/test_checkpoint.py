@@ -428,9 +428,11 @@ def test_a_save_touches_nothing_that_no_save_has_written(folder):
     (kept / ".DS_Store").write_text("")
     (kept / "step-00000002").symlink_to("keep-best")
     (kept / "step-00000003").symlink_to("nowhere")
+    (kept / "step-00000099").symlink_to("keep-best")
     (kept / "step-00000008").write_text("a file in the way")
     users = names(folder) - {"step-00000004", "step-00000006", "step-00000008"}
     run = resumed(folder)
+    assert run.step == 6
     train(run, 12)
     assert names(folder) == users | {"step-00000010", "step-00000012", "step-00000008.damaged"}
     assert (kept / "step-00000001" / "notes.txt").read_text() == "mine"

@@ -62,11 +62,18 @@ def test_figures_of_a_steps_rollouts_by_hand():
     groups += [whole_group(3, [1.0, 1.0, 1.0, 0.6]), whole_group(4, [0.0, 0.0, 0.0, 0.4])]
     figures = log.rollout_figures(groups, replays={1, 2})
     expected = {
-        "reward": (4 + 0 + 1 + 3.6 + 0.4) / 20, "reward_replayed": 1 / 8, "zero_variance": 2 / 5,
-        "zero_variance_fresh": 1 / 3, "zero_variance_replayed": 1 / 2, "all_right": 1 / 5, "all_wrong": 1 / 5,
-        "replayed": 2 / 5, "truncated": 3 / 20, "mean_abs_advantage": (0.375 + 0.15 + 0.15) / 5,
+        "reward": (4 + 0 + 1 + 3.6 + 0.4) / 20,
+        "reward_replayed": 1 / 8,
+        "zero_variance": 2 / 5,
+        "zero_variance_fresh": 1 / 3,
+        "zero_variance_replayed": 1 / 2,
+        "all_right": 1 / 5,
+        "all_wrong": 1 / 5,
+        "replayed": 2 / 5,
+        "truncated": 3 / 20,
+        "mean_abs_advantage": (0.375 + 0.15 + 0.15) / 5,
         "entropy": (0.5 + 1.5 + 2) / 2,
-    }  # fmt: skip
+    }
     assert {name: figures[name] for name in expected} == pytest.approx(expected, abs=1e-6)
     assert figures["pass_rates_fresh"] == [1, 0, 0, 0, 2] and figures["pass_rates_replayed"] == [1, 1, 0, 0, 0]
     assert "zero_variance_replayed" not in log.rollout_figures(groups, replays=set())

@@ -355,6 +355,7 @@ def load(run, path: Path, free: set[str]) -> None:
     try:
         state = torch.load(path / "state.pt", weights_only=True)
         check_same(run, state["config"], state["digest"], free)
+        check_metadata(path)
         model, optimizer = get_state_dict(run.model, run.optimizer)
         target = {"model": model, "optimizer": optimizer}
         dcp.load(target, storage_reader=Reader(path), planner=Planner(), no_dist=ranks.world() == 1)
@@ -428,12 +429,16 @@ class DataOnly(pickle.Unpickler):
         raise pickle.UnpicklingError(f"it names {module}.{name}, which no checkpoint of this program does")
 
 
+def check_metadata(path: Path) -> None:
+    """UnpicklingError if a checkpoint's description of its shards names anything but records."""
+    with open(path / ".metadata", "rb") as file:
+        DataOnly(file).load()
+
+
 class Reader(dcp.FileSystemReader):
-    """Reads the description of the shards only after `DataOnly` has."""
+    """Reads the description that `check_metadata` has seen; torch itself would then try another file, by rank."""
 
     def read_metadata(self, *args, **kwargs) -> metadata.Metadata:
-        with open(Path(self.path) / ".metadata", "rb") as file:
-            DataOnly(file).load()
         return super().read_metadata()
 
 

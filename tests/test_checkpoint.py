@@ -360,6 +360,14 @@ def test_the_metadata_of_a_checkpoint_runs_no_code(folder, tmp_path):
     check_refused(folder, tmp_path / "proof")
 
 
+def test_another_file_of_metadata_runs_no_code(folder, tmp_path):
+    """torch looks for one by rank where it cannot read the usual one."""
+    path = folder / "checkpoints" / "step-00000006"
+    (path / ".metadata").write_bytes(pickle.dumps(torch.Size([1])))
+    (path / "__0.metadata").write_bytes(pickle.dumps(Evil(tmp_path / "proof")))
+    check_refused(folder, tmp_path / "proof")
+
+
 def test_code_within_whole_metadata_does_not_run(folder, tmp_path):
     path = folder / "checkpoints" / "step-00000006" / ".metadata"
     described = pickle.loads(path.read_bytes())

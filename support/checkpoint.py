@@ -288,7 +288,7 @@ def resume(run, free: set[str]) -> None:
         damaged.append((candidate, wrong))
     if damaged and path is None:
         reasons = "; ".join(f"{candidate.name} {wrong}" for candidate, wrong in damaged)
-        raise ValueError(f"no checkpoint in {run.folder} can be read: {reasons}; start anew with another --out")
+        raise ValueError(f"what {run.folder} has saved cannot be read: {reasons}; start anew with another --out")
 
     if path is not None:
         load(run, path, free)

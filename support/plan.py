@@ -9,29 +9,37 @@ engine has bf16 weights of its own and its KV cache, and there are no gradients;
 either the end of the forward pass or the backward pass needs most. Dense models, bytes:
 
     weights 4 P/N    gradients 4 P/N    AdamW 8 P/N, in 8 bits 2.1 P/N    engine 2 P    KV 4 K a token and layer
+    masters on the host: there 12 P, 12.9 P at its peak; on the GPU weights 2 U + 4 (P - U), gradients 4 P
     bf16 copies that autocast makes of weights: 2 P, kept for the backward pass unless activations are checkpointed;
     sharded: of two layers and of what is outside of layers, and 6 bytes for each of their gradients before sharding
     activations of a layer that its backward pass needs: A = T (26 H + 14 Q + 6 K + 8 I + 2 L), the last being a copy
     of the mask, and half of it for gradients on the way; with checkpointing 4 T H, and A for one layer only
     head: 14 x 2^27 for a chunk of logits, 8 T H, and 6 V H for its gradient before it is added
 
-P parameters, N GPUs, H hidden size, Q = heads x head size, K = KV heads x head size, I size of the MLP, V vocabulary,
-T tokens of a micro-batch, L of the longest sequence.
+P parameters, U of them in linear layers that share no weight with an embedding, N GPUs, H hidden size, Q = heads x head
+size, K = KV heads x head size, I size of the MLP, V vocabulary, T tokens of a micro-batch, L of the longest sequence.
 """
 
 import contextlib
 import dataclasses
+import json
 import os
 import re
+from pathlib import Path
 
 import torch
 
 GIB = 2**30
 USABLE = 0.97  # of a GPU; the rest is the driver's
 CONTEXT = 2 * GIB  # CUDA, libraries, what the allocator cannot use
-ENGINE, ASLEEP = 3 * GIB, 1 * GIB  # vLLM's activations and CUDA graphs; what it keeps when it sleeps
+RESERVE = 4 * GIB  # what vLLM keeps off where it takes all that the trainer leaves
+ENGINE = 3 * GIB  # vLLM's activations and CUDA graphs
+ASLEEP = 1 * GIB  # what vLLM keeps when it sleeps
 CHUNK = 2**27  # logits at a time (logprobs.py), in bf16, float32, and twice for the entropy
+HOST = 12.9  # bytes a parameter in host memory at its peak, with float32 masters there: 12, and what load and save take
 OTHER = "CUDA, workspaces"
+
+# ---------------------------------------------------------------- the model
 
 
 def read(path: str):
@@ -51,21 +59,36 @@ def read(path: str):
 
 
 def shape(config) -> dict[str, int]:
-    """Sizes that memory depends on; `layer` and `outside` are parameters of a layer and of all else."""
+    """Sizes that memory depends on; `layer` and `outside` are parameters of a layer and of all else, `linear` those of
+    linear layers that share no weight with an embedding."""
     from transformers import AutoModelForCausalLM
 
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
-    text = config.get_text_config()
-    kinds = model._no_split_modules or ()
-    layers = [sum(p.numel() for p in m.parameters()) for m in model.modules() if type(m).__name__ in kinds]
     total = sum(p.numel() for p in model.parameters())  # tied ones once
+
+    # a layer is what FSDP2 shards as one
+    kinds = model._no_split_modules or ()
+    layers = []
+    embeddings = []
+    linear = 0
+    for module in model.modules():
+        if type(module).__name__ in kinds:
+            layers.append(sum(p.numel() for p in module.parameters()))
+        if isinstance(module, torch.nn.Embedding):
+            embeddings.append(module.weight)
+    for module in model.modules():
+        if isinstance(module, torch.nn.Linear) and not any(module.weight is weight for weight in embeddings):
+            linear += sum(p.numel() for p in module.parameters())
+
+    text = config.get_text_config()
     heads = text.num_attention_heads
     size = getattr(text, "head_dim", None) or text.hidden_size // heads
     return {
         "parameters": total,
         "layer": max(layers, default=total),
         "outside": total - sum(layers),
+        "linear": linear,
         "layers": text.num_hidden_layers,
         "hidden": text.hidden_size,
         "queries": heads * size,
@@ -76,131 +99,341 @@ def shape(config) -> dict[str, int]:
     }
 
 
+# ---------------------------------------------------------------- formulas
+
+
+def longest(cfg) -> int:
+    return cfg.max_prompt_tokens + cfg.max_tokens
+
+
+def microbatch(cfg) -> int:
+    """Its tokens: one sequence is never divided."""
+    return max(cfg.tokens_per_microbatch, longest(cfg))
+
+
+def has_bfloat16(cfg) -> bool:
+    return cfg.dtype == "bfloat16"
+
+
+def vllm_options(cfg) -> dict:
+    return json.loads(cfg.vllm or "{}")
+
+
 def layer_activations(s: dict, tokens: int, longest: int, bfloat16: bool) -> int:
     """Bytes that one layer keeps for its backward pass. Compared with Qwen3 itself in test_plan.py."""
-    h, q, k, i = s["hidden"], s["queries"], s["keys"], s["mlp"]
-    if bfloat16:  # the residual stream is float32; each projection keeps a bf16 copy of its own of what it read
+    h = s["hidden"]
+    q = s["queries"]
+    k = s["keys"]
+    i = s["mlp"]
+    # the residual stream is float32; in bf16 each projection keeps a copy of its own of what it read
+    if bfloat16:
         return tokens * (26 * h + 14 * q + 6 * k + 8 * i + 2 * longest)
     return tokens * (24 * h + 24 * q + 8 * k + 16 * i + 4 * longest)
 
 
-def kv_cache(s: dict, cfg, gpu: float) -> dict[str, float]:
-    """Bytes a token, in the pool and for all answers of a step at once; and how many whole answers the pool holds."""
-    vllm, longest = cfg.engine != "transformers", cfg.max_prompt_tokens + cfg.max_tokens
-    size = 2 if cfg.dtype == "bfloat16" else 4
-    token = (2 * size if vllm else size + 4) * s["layers"] * s["keys"]  # autocast leaves the keys in float32
-    answers = cfg.prompts_per_step * cfg.answers_per_prompt
-    if vllm:
-        share = cfg.gpu_memory * gpu - (size * s["parameters"] / 1 + ENGINE)
-        pool = max(share, 0.0)
+def activations(s: dict, cfg, checkpointing: bool, backward: bool = True) -> int:
+    """Bytes at the end of a micro-batch's forward pass, or in its backward pass."""
+    tokens = microbatch(cfg)
+    layer = layer_activations(s, tokens, longest(cfg), has_bfloat16(cfg))
+    kept = 4 * tokens * s["hidden"] if checkpointing else layer
+    total = s["layers"] * kept
+    if backward:
+        total += layer // 2  # gradients on the way
+        if checkpointing:
+            total += layer  # made anew, a layer at a time
+    return total
+
+
+def update_memory(s: dict, cfg, place: str) -> dict[str, float]:
+    """The update's own: weights as they are computed with, activations, head; at the worse of two moments."""
+    bfloat16 = has_bfloat16(cfg)
+    checkpointing = cfg.gradient_checkpointing
+    tokens = microbatch(cfg)
+
+    # the copies that are there at once: of two layers, or of all that have been used
+    few = s["outside"] + 2 * s["layer"]
+    if place == "host":  # the weights are what is computed with
+        few = 0
+        every = 0
+    elif place == "sharded":
+        few *= 2 if bfloat16 else 4
+        every = few
+    elif bfloat16:
+        few *= 2
+        every = 2 * s["parameters"]
     else:
-        pool = min(cfg.rollout_batch, answers) * token * longest
-    token /= 1
+        few = 0
+        every = 0
+
+    head = 14 * min(CHUNK, tokens * s["vocabulary"]) + 8 * tokens * s["hidden"]
+    gradients = 6 * s["vocabulary"] * s["hidden"]
+    if place == "sharded":
+        gradients = 6 * (s["outside"] + s["layer"])
+    forward = {
+        "weights as computed with": every,
+        "activations": activations(s, cfg, checkpointing, backward=False),
+        "head and logits": head,
+        "gradients on the way": 0,
+    }
+    backward = {
+        "weights as computed with": few if checkpointing else every,
+        "activations": activations(s, cfg, checkpointing),
+        "head and logits": head,
+        "gradients on the way": gradients,
+    }
+    return max(forward, backward, key=lambda parts: sum(parts.values()))
+
+
+def trainer_memory(s: dict, cfg, count: int, place: str) -> dict[str, float]:
+    """Bytes of the trainer on each GPU, and on the host, by where the float32 weights and AdamW's moments are kept."""
+    p = s["parameters"]
+    copies = 2 if cfg.kl > 0 else 1  # the reference model
+    loading = 0
+    if place == "host":
+        weights = 4 * p
+        if has_bfloat16(cfg):
+            weights = 2 * s["linear"] + 4 * (p - s["linear"])
+        return {"weights": copies * weights, "loading": 0, "optimiser": 0, "gradients": 4 * p, "host": HOST * p}
+    if place == "sharded":
+        loading = 4 * max(s["outside"], s["layer"])  # what is being sharded is whole
+    moments = 2.1 if cfg.optimizer == "adamw8bit" else 8
+    return {
+        "weights": 4 * p * copies / count,
+        "loading": loading,
+        "optimiser": moments * p / count,
+        "gradients": 4 * p / count,
+        "host": 0,
+    }
+
+
+def engine_memory(s: dict, cfg, count: int) -> dict[str, float]:
+    """Bytes of the engine on each GPU: its weights, what generating takes besides the KV cache, and what stays when the
+    trainer updates."""
+    p = s["parameters"]
+    size = 2 if has_bfloat16(cfg) else 4
+    if cfg.engine != "transformers":
+        resident = not vllm_options(cfg).get("enable_sleep_mode", True)
+        return {
+            "weights": size * p / vllm_options(cfg).get("tensor_parallel_size", 1),
+            "start": ENGINE,
+            "work": ENGINE,
+            "left": ENGINE if resident else ASLEEP,
+            "resident": resident,
+        }
+    weights = 2 * p if has_bfloat16(cfg) else 0  # autocast's copies
+    if count > 1:
+        weights += 4 * p  # whole, to generate with
+    answers = min(cfg.rollout_batch, cfg.prompts_per_step * cfg.answers_per_prompt)
+    logits = 12 * answers * s["vocabulary"]  # these, log-probs and their sums
+    return {"weights": weights, "start": 0, "work": logits, "left": 0, "resident": False}
+
+
+def kv_cache(s: dict, cfg, gpu: float, held: float) -> dict[str, float]:
+    """Bytes a token, in the pool and for all answers of a step at once; and how many whole answers the pool holds.
+
+    held: bytes of the GPU that the trainer has when the engine takes its share.
+    """
+    answers = cfg.prompts_per_step * cfg.answers_per_prompt
+    size = 2 if has_bfloat16(cfg) else 4
+    if cfg.engine == "transformers":
+        token = (size + 4) * s["layers"] * s["keys"]  # autocast leaves the keys in float32
+        pool = min(cfg.rollout_batch, answers) * token * longest(cfg)
+    else:
+        options = vllm_options(cfg)
+        parallel = options.get("tensor_parallel_size", 1)
+        token = 2 * size * s["layers"] * s["keys"] / parallel
+        share = cfg.gpu_memory * gpu
+        if not cfg.gpu_memory:  # all that the trainer leaves
+            share = min(gpu - RESERVE, USABLE * gpu - CONTEXT) - held
+        left = share - size * s["parameters"] / parallel - ENGINE
+        pool = options.get("kv_cache_memory_bytes", 0) or max(left, 0.0)
     return {
         "token": token,
         "pool": pool,
         "all": token * (cfg.prompts_per_step * cfg.max_prompt_tokens + answers * cfg.max_tokens),
-        "at_once": pool / (token * longest),
+        "at_once": pool / (token * longest(cfg)),
     }
 
 
-def activations(s: dict, cfg, checkpointing: bool, backward: bool = True) -> int:
-    """Bytes at the end of a micro-batch's forward pass, or in its backward pass."""
-    longest = cfg.max_prompt_tokens + cfg.max_tokens
-    tokens = max(cfg.tokens_per_microbatch, longest)
-    layer = layer_activations(s, tokens, longest, cfg.dtype == "bfloat16")
-    kept = s["layers"] * (4 * tokens * s["hidden"] if checkpointing else layer)
-    return kept + (layer * checkpointing + layer // 2) * backward
+# ---------------------------------------------------------------- the plan
 
 
-def update_memory(s: dict, cfg, count: int) -> dict[str, float]:
-    """The update's own: weights as they are computed with, activations, head; at the worse of two moments."""
-    bfloat16, saved = cfg.dtype == "bfloat16", not cfg.gradient_checkpointing
-    few = (2 if bfloat16 else 4 * (count > 1)) * (s["outside"] + 2 * s["layer"])
-    every = 2 * s["parameters"] * bfloat16 if count == 1 else few
-    tokens = max(cfg.tokens_per_microbatch, cfg.max_prompt_tokens + cfg.max_tokens)
-    head = 14 * min(CHUNK, tokens * s["vocabulary"]) + 8 * tokens * s["hidden"]
-    gradients = 6 * (s["outside"] + s["layer"]) if count > 1 else 6 * s["vocabulary"] * s["hidden"]
-    forward = (every, activations(s, cfg, not saved, backward=False), head, 0)
-    backward = (every if saved else few, activations(s, cfg, not saved), head, gradients)
-    names = ("weights as computed with", "activations", "head and logits", "gradients on the way")
-    return dict(zip(names, max(forward, backward, key=sum), strict=True))
+def plan(s: dict, cfg, count: int = 1, gpu: float = 0.0, host: float = 0.0, place: str = "") -> dict:
+    """Memory of each of `count` GPUs of `gpu` bytes, phase by phase, and of the host of `host` bytes (0: not known).
 
-
-def plan(s: dict, cfg, count: int = 1, gpu: float = 0.0) -> dict:
-    """Memory of each of `count` GPUs of `gpu` bytes (0: none known), phase by phase. s: from `shape`; all in bytes."""
-    p, vllm = s["parameters"], cfg.engine != "transformers"
-    kv, copies = kv_cache(s, cfg, gpu), 1 + (cfg.kl > 0)
-    answers = cfg.prompts_per_step * cfg.answers_per_prompt
+    s: from `shape`. place: where the float32 weights and AdamW's moments are kept, as `choose` says. All in bytes.
+    """
+    reason = ""
+    if not place:
+        place, reason = choose(s, cfg, count, gpu, host)
+    trainer = trainer_memory(s, cfg, count, place)
+    engine = engine_memory(s, cfg, count)
+    kv = kv_cache(s, cfg, gpu, trainer["weights"] + trainer["optimiser"])
     kv["all"] /= count
-    bfloat16, resident = cfg.dtype == "bfloat16", vllm and False
-    engine = (2 if bfloat16 else 4) * p / 1 if vllm else p * (2 * bfloat16 + 4 * (count > 1))
-    generating = ENGINE if vllm else 12 * min(cfg.rollout_batch, answers) * s["vocabulary"]  # logits, log-probs, sums
-    trainer = {
-        "weights, float32": 4 * p * copies / count,
-        "optimiser": (2.1 if cfg.optimizer == "adamw8bit" else 8) * p / count,
-    }
-    pool = {"engine's weights": engine, "KV cache": kv["pool"]}
-    loaded = 4 * max(s["outside"], s["layer"]) * (count > 1)  # what is being sharded is whole
-    phases = {
-        "start-up": {"weights, float32": 4 * p * copies / count + loaded}
-        | (pool if vllm else {})
-        | {OTHER: CONTEXT + ENGINE * vllm},
-        "rollout": trainer | pool | {OTHER: CONTEXT + generating},
-        "update": trainer
-        | {"gradients": 4 * p / count}
-        | update_memory(s, cfg, count)
-        | (pool if resident else {})
-        | {OTHER: CONTEXT + (ENGINE if resident else ASLEEP * vllm)},
-    }
+    answers = cfg.prompts_per_step * cfg.answers_per_prompt
+
+    weights = "weights, float32" if place != "host" else "weights"
+    pool = {"engine's weights": engine["weights"], "KV cache": kv["pool"]}
+    start = {weights: trainer["weights"] + trainer["loading"]}
+    if cfg.engine != "transformers":
+        start |= pool
+    start[OTHER] = CONTEXT + engine["start"]
+
+    rollout = {weights: trainer["weights"], "optimiser": trainer["optimiser"]}
+    rollout |= pool
+    rollout[OTHER] = CONTEXT + engine["work"]
+
+    update = {weights: trainer["weights"], "optimiser": trainer["optimiser"], "gradients": trainer["gradients"]}
+    update |= update_memory(s, cfg, place)
+    if engine["resident"]:
+        update |= pool
+    update[OTHER] = CONTEXT + engine["left"]
+
+    phases = {"start-up": start, "rollout": rollout, "update": update}
     peaks = {name: sum(parts.values()) for name, parts in phases.items()}
+    fits = None
+    if gpu:
+        enough = not host or trainer["host"] <= host
+        fits = max(peaks.values()) <= USABLE * gpu and kv["at_once"] >= 1 and enough
     return {
-        "parameters": p,
+        "parameters": s["parameters"],
         "gpus": count,
         "gpu": gpu,
+        "place": place,
+        "reason": reason,
+        "host": {"needs": trainer["host"], "has": host},
         "phases": phases,
         "peaks": peaks,
         "kv": kv,
         "activations": {on: activations(s, cfg, on) for on in (False, True)},
         "tokens": {"most": answers * cfg.max_tokens, "mean": answers * cfg.max_tokens // 2},
-        "fits": None if not gpu else max(peaks.values()) <= USABLE * gpu and kv["at_once"] >= 1,
+        "fits": fits,
     }
 
 
-def changes(s: dict, cfg, count: int, gpu: float) -> list[str] | None:
-    """What to change, least first, so that it fits; nothing if it does, None if nothing of this helps."""
+def choose(s: dict, cfg, count: int, gpu: float, host: float) -> tuple[str, str]:
+    """Where the float32 weights and AdamW's moments are kept: "gpu", "host" or "sharded"; and why, in one line.
 
-    def fits(steps) -> bool:
-        settings, n = {}, count
-        for _, change, more in steps:
-            settings, n = settings | change, more or n
-        return plan(s, dataclasses.replace(cfg, **settings), n, gpu)["fits"]
+    ValueError for --offload on where it cannot be meant.
+    """
+    if cfg.offload == "on":
+        if count > 1:
+            raise ValueError("--offload on is for one GPU; over several the weights are sharded: leave it out")
+        if cfg.optimizer == "adamw8bit":
+            raise ValueError(
+                "--offload on keeps AdamW's moments in float32 on the host: leave out --optimizer adamw8bit"
+            )
+        return "host", "--offload on asks for it"
+    if count > 1:
+        return "sharded", f"there are {count} GPUs"
+    if cfg.offload == "off":
+        return "gpu", "--offload off asks for it"
+    if not gpu:
+        return "gpu", "there is no GPU to compare with"
+    if plan(s, cfg, count, gpu, host, "gpu")["fits"]:
+        return "gpu", "everything fits there"
+    if cfg.optimizer == "adamw8bit":
+        return "gpu", "--optimizer adamw8bit is for the GPU"
+    there = plan(s, cfg, count, gpu, host, "host")
+    if there["fits"]:
+        return "host", "on the GPU they do not fit beside the rest"
+    if host and there["host"]["needs"] > host:
+        needs = size(there["host"]["needs"])
+        return "gpu", f"the host would need {needs} GiB of memory for them and has {size(host)}"
+    return "gpu", "it does not fit with them on the host either"
+
+
+# ---------------------------------------------------------------- what to change
+
+
+@dataclasses.dataclass
+class Change:
+    """Something to do so that a run fits."""
+
+    text: str = ""  # a flag; of vLLM's options one flag is made at the end
+    settings: dict = dataclasses.field(default_factory=dict)  # of the configuration
+    options: dict = dataclasses.field(default_factory=dict)  # of vLLM
+    gpus: int = 0  # so many in place of what is there
+
+
+def changed(cfg, count: int, found: list[Change]):
+    """Configuration and number of GPUs with these changes."""
+    for change in found:
+        settings = dict(change.settings)
+        if change.options:
+            settings["vllm"] = json.dumps(vllm_options(cfg) | change.options)
+        cfg = dataclasses.replace(cfg, **settings)
+        count = change.gpus or count
+    return cfg, count
+
+
+def candidates(s: dict, cfg, gpu: float) -> tuple[list[Change], list[list[Change]]]:
+    """What costs nothing but time, least first; and the choices there are of memory for the KV cache."""
+    steps = []
+    if cfg.optimizer == "adamw" and cfg.offload != "on":
+        steps.append(Change("--optimizer adamw8bit", {"optimizer": "adamw8bit"}))
+    if not cfg.gradient_checkpointing:
+        steps.append(Change("--gradient-checkpointing", {"gradient_checkpointing": True}))
+    if cfg.tokens_per_microbatch > longest(cfg):
+        steps.append(Change(f"--tokens-per-microbatch {longest(cfg)}", {"tokens_per_microbatch": longest(cfg)}))
+    if cfg.engine == "transformers":
+        return steps, [[], [Change("--rollout-batch 16", {"rollout_batch": 16})]]
+    if engine_memory(s, cfg, 1)["resident"]:
+        steps.append(Change(options={"enable_sleep_mode": True}))
+    caches = [[]]
+    for gigabytes in (40, 20, 10, 5):
+        pool = gigabytes * GIB
+        one = kv_cache(s, cfg, gpu, 0)["token"] * longest(cfg)
+        if one <= pool < gpu:
+            caches.append([Change(options={"kv_cache_memory_bytes": pool})])
+    return steps, caches
+
+
+def search(s: dict, cfg, count: int, gpu: float, host: float = 0.0) -> list[Change] | None:
+    """The least to change so that it fits; nothing if it does, None if nothing of this helps."""
+
+    def fits(found: list[Change]) -> bool:
+        other, number = changed(cfg, count, found)
+        if number > 1 and other.offload == "on":
+            return False
+        return plan(s, other, number, gpu, host)["fits"]
 
     if fits([]):
         return []
-    longest = cfg.max_prompt_tokens + cfg.max_tokens
-    steps = [("--optimizer adamw8bit", {"optimizer": "adamw8bit"}, 0)] if cfg.optimizer == "adamw" else []
-    if not cfg.gradient_checkpointing:
-        steps.append(("--gradient-checkpointing", {"gradient_checkpointing": True}, 0))
-    if cfg.tokens_per_microbatch > longest:
-        steps.append((f"--tokens-per-microbatch {longest}", {"tokens_per_microbatch": longest}, 0))
-    if False:
-        steps.append(("no --keep-resident", {"keep_resident": False}, 0))
-    small = [gb for gb in (40, 20, 10, 5) if kv_cache(s, cfg, gpu)["token"] * longest <= gb * GIB and gb * GIB < gpu]
-    choices = [[], *([(f"--kv-cache-gb {gb}", {"kv_cache_gb": float(gb)}, 0)] for gb in small)]
-    if cfg.engine == "transformers":
-        choices = [[], [("--rollout-batch 16", {"rollout_batch": 16}, 0)]]
-    for n in (0, *(n for n in (2, 4, 8, 16, 32, 64) if n > count)):
-        more = [(f"{n} such GPUs: torchrun --nproc-per-node {min(n, 8)}", {}, n)] if n else []
-        for choice in choices:
+    steps, caches = candidates(s, cfg, gpu)
+    more = [[]]
+    for number in (2, 4, 8, 16, 32, 64):
+        if number > count:
+            text = f"{number} such GPUs: torchrun --nproc-per-node {min(number, 8)}"
+            more.append([Change(text, gpus=number)])
+
+    # more GPUs last, then a smaller KV cache, then more and more of the steps
+    for gpus in more:
+        for cache in caches:
             for k in range(len(steps) + 1):
-                found = steps[:k] + choice + more
-                if fits(found):
-                    for step in steps[:k]:  # the earlier ones may not be needed any more
-                        if fits(rest := [other for other in found if other is not step]):
-                            found = rest
-                    return [text for text, _, _ in found]
+                found = steps[:k] + cache + gpus
+                if not fits(found):
+                    continue
+                # the earlier steps may not be needed any more
+                for step in steps[:k]:
+                    rest = [other for other in found if other is not step]
+                    if fits(rest):
+                        found = rest
+                return found
     return None
+
+
+def changes(s: dict, cfg, count: int, gpu: float, host: float = 0.0) -> list[str] | None:
+    """`search` as flags to give."""
+    found = search(s, cfg, count, gpu, host)
+    if found is None:
+        return None
+    options = f"--vllm '{changed(cfg, count, found)[0].vllm}'"
+    texts = [change.text or options for change in found]
+    return list(dict.fromkeys(texts))  # two options of vLLM are one flag
+
+
+# ---------------------------------------------------------------- the machine
 
 
 def found_gpus(flag: str = "") -> tuple[int, float]:
@@ -216,51 +449,126 @@ def found_gpus(flag: str = "") -> tuple[int, float]:
     return count, float(torch.cuda.get_device_properties(0).total_memory)
 
 
+def host_memory(root: Path = Path("/")) -> float:
+    """Bytes of host memory that this process can still have; 0 where it cannot be known.
+
+    The kernel kills what overruns it, without a word. A container's limit is its control group's.
+    """
+    try:
+        fields = dict(line.split(":") for line in (root / "proc/meminfo").read_text().splitlines())
+        least = 1024 * float(fields["MemAvailable"].split()[0])
+        groups = (root / "proc/self/cgroup").read_text().splitlines()
+    except (OSError, KeyError, ValueError):
+        return 0.0
+    for line in groups:
+        _, kinds, group = line.split(":", 2)
+        folder = root / "sys/fs/cgroup"
+        names = ("memory.max", "memory.current", "inactive_file")
+        if "memory" in kinds.split(","):  # the first version of control groups
+            folder = folder / "memory"
+            names = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+        elif kinds:
+            continue
+        # a limit of any group above binds, too; within a container the path may not be there
+        parts = [part for part in group.split("/") if part and part != ".."]
+        for depth in range(len(parts) + 1):
+            least = min(least, room_in(folder.joinpath(*parts[:depth]), *names))
+    return max(least, 0.0)
+
+
+def room_in(folder: Path, limit: str, usage: str, cache: str) -> float:
+    """Bytes that a control group has left; infinite where it sets no limit. A file cache that is idle is free."""
+    try:
+        most = (folder / limit).read_text().strip()
+        if most == "max":
+            return float("inf")
+        used = float((folder / usage).read_text())
+        for line in (folder / "memory.stat").read_text().splitlines():
+            name, _, value = line.partition(" ")
+            if name == cache:
+                used -= float(value)
+        return float(most) - used
+    except (OSError, ValueError):
+        return float("inf")
+
+
+# ---------------------------------------------------------------- for reading
+
+
 def size(number: float) -> str:
-    return f"{number / GIB:.1f}" if number >= 0.05 * GIB or not number else f"{number / GIB:.2g}"
+    """GiB."""
+    if number and number < 0.05 * GIB:
+        return f"{number / GIB:.2g}"
+    return f"{number / GIB:.1f}"
 
 
 def table(found: dict) -> str:
     """The plan for reading."""
-    phases, kv, on = found["phases"], found["kv"], found["activations"]
-    names = [*phases["update"], *phases["rollout"]]  # the order in which they are shown
-    names = [*dict.fromkeys(name for name in names if name != OTHER), OTHER]
-    title = f"memory planned on {'the' if found['gpus'] == 1 else 'each'} GPU, in GiB"
+    kv = found["kv"]
+    phases = found["phases"]
+    one = found["gpus"] == 1
+
+    title = f"memory planned on {'the' if one else 'each'} GPU, in GiB"
     lines = [f"{title:40}" + "".join(f"{phase:>10}" for phase in phases)]
+    names = [*phases["update"], *phases["rollout"]]  # the order in which they are shown
+    names = [name for name in dict.fromkeys(names) if name != OTHER] + [OTHER]
     for name in names:
-        cells = "".join(f"{size(parts[name]) if parts.get(name) else '':>10}" for parts in phases.values())
-        lines.append(f"  {name:38}{cells}")
+        cells = [size(parts[name]) if parts.get(name) else "" for parts in phases.values()]
+        lines.append(f"  {name:38}" + "".join(f"{cell:>10}" for cell in cells))
     lines.append(f"  {'together':38}" + "".join(f"{size(peak):>10}" for peak in found["peaks"].values()))
-    whole = f"{size(kv['all'])} GiB for {'all' if found['gpus'] == 1 else 'its'} answers of a step at full length"
-    holds = f"; {size(kv['pool'])} GiB hold {kv['at_once']:,.1f} such answers at once" if kv["pool"] else ""
-    lines += [
-        f"activations of a micro-batch: {size(on[False])} GiB, with gradient checkpointing {size(on[True])}",
-        f"KV cache: {kv['token'] / 1024:,.1f} KiB a token, {whole}{holds}",
-    ]
+
+    if found["place"] == "host":
+        has = found["host"]["has"]
+        there = f"; {size(has)} GiB are free" if has else ""
+        lines.append(
+            f"host memory: {size(found['host']['needs'])} GiB for float32 weights and AdamW's moments, load and save "
+            f"included{there} ({found['reason'] or 'as asked for'})"
+        )
+    on = found["activations"]
+    lines.append(f"activations of a micro-batch: {size(on[False])} GiB, with gradient checkpointing {size(on[True])}")
+    whole = f"{size(kv['all'])} GiB for {'all' if one else 'its'} answers of a step at full length"
+    holds = ""
+    if kv["pool"]:
+        holds = f"; {size(kv['pool'])} GiB hold {kv['at_once']:,.1f} such answers at once"
+    lines.append(f"KV cache: {kv['token'] / 1024:,.1f} KiB a token, {whole}{holds}")
     return "\n".join(lines)
 
 
 def verdict(s: dict, cfg, found: dict) -> str:
-    count, gpu = found["gpus"], found["gpu"]
+    """Whether it fits, and if not what to change, in one line."""
+    count = found["gpus"]
+    gpu = found["gpu"]
     if not gpu:
         return "no GPU here to compare with; say which you have: --gpus 8x80"
     have = f"{count} GPU{'s' if count > 1 else ''} of {gpu / GIB:.0f} GB ({USABLE * gpu / GIB:.1f} GiB usable)"
     if found["fits"]:
-        start = f"; start it with torchrun --nproc-per-node {min(count, 8)} train.py ..." if count > 1 else ""
-        return f"fits {have}: {size(max(found['peaks'].values()))} GiB at most{start}"
+        line = f"fits {have}: {size(max(found['peaks'].values()))} GiB at most"
+        if found["place"] == "host":
+            line += f", and {size(found['host']['needs'])} GiB on the host"
+        if count > 1:
+            line += f"; start it with torchrun --nproc-per-node {min(count, 8)} train.py ..."
+        return line
+
     worst = max(found["peaks"], key=found["peaks"].get)
     why = f"{size(found['peaks'][worst])} GiB in the {worst} phase"
     if found["kv"]["at_once"] < 1:
         why = "the KV cache does not hold one whole answer"
-    change = changes(s, cfg, count, gpu)
-    how = "take larger GPUs or a smaller model" if change is None else "change " + ", ".join(change)
+    elif found["peaks"][worst] <= USABLE * gpu:
+        why = f"{size(found['host']['needs'])} GiB on the host, which has {size(found['host']['has'])}"
+    elif found["reason"].startswith("the host"):
+        why += f", and {found['reason']}"
+    change = changes(s, cfg, count, gpu, found["host"]["has"])
+    how = "take larger GPUs or a smaller model"
+    if change:
+        how = "change " + ", ".join(change)
     return f"does not fit {have}: {why}; {how}"
 
 
 def out_of_memory(cfg, config) -> str:
     """What to tell whose run got out of GPU memory, in one line."""
     s = shape(config)
-    found = plan(s, cfg, int(os.environ.get("WORLD_SIZE", 1)), found_gpus()[1])
+    count = int(os.environ.get("WORLD_SIZE", 1))
+    found = plan(s, cfg, count, found_gpus()[1], host_memory())
     line = verdict(s, cfg, found)
     if found["fits"]:
         line = f"by the plan it {line}. Is another process on it? Else lower --tokens-per-microbatch or --gpu-memory"
@@ -282,27 +590,39 @@ def explained(cfg, path: str):
 
 
 def report(cfg, given: list[str], config, tokenizer, prompts: list) -> str:
-    """All of --dry-run: configuration, first prompt, tokens of a step, memory, verdict. ValueError for a --gpus that
-    cannot be read and for answers that the model's context does not hold."""
-    s, (count, gpu) = shape(config), found_gpus(cfg.gpus)
-    longest = cfg.max_prompt_tokens + cfg.max_tokens
-    if s["context"] and longest > s["context"]:
+    """All of --dry-run: configuration, first prompt, tokens of a step, memory, verdict.
+
+    ValueError for a --gpus that cannot be read and for answers that the model's context does not hold.
+    """
+    s = shape(config)
+    count, gpu = found_gpus(cfg.gpus)
+    host = 0.0 if cfg.gpus else host_memory()  # that of another machine is not known
+    if s["context"] and longest(cfg) > s["context"]:
         raise ValueError(
-            f"--max-prompt-tokens {cfg.max_prompt_tokens} and --max-tokens {cfg.max_tokens} make {longest} tokens, and "
-            f"the model has a context of {s['context']}; lower one of them"
+            f"--max-prompt-tokens {cfg.max_prompt_tokens} and --max-tokens {cfg.max_tokens} make {longest(cfg)} "
+            f"tokens, and the model has a context of {s['context']}; lower one of them"
         )
     lines = ["configuration (* given by hand)"]
     for field in dataclasses.fields(cfg):
-        lines.append(f" {'*' if field.name in given else ' '} {field.name:24}{getattr(cfg, field.name)!r}")
+        mark = "*" if field.name in given else " "
+        lines.append(f" {mark} {field.name:24}{getattr(cfg, field.name)!r}")
+
+    first = prompts[0]
+    lines.append(
+        f"first of {len(prompts):,} prompts as the model sees it, {len(first.ids)} tokens; answer: {first.answer}"
+    )
+    for line in tokenizer.decode(first.ids).split("\n"):
+        lines.append(f"  | {line}")
+
     if cfg.engine == "auto" and not cfg.model and not gpu:
         cfg = dataclasses.replace(cfg, engine="transformers")  # what the embedded model will run on here
-    found, first = plan(s, cfg, count, gpu), prompts[0]
-    tokens, answers = found["tokens"], cfg.prompts_per_step * cfg.answers_per_prompt
+    found = plan(s, cfg, count, gpu, host)
+    answers = cfg.prompts_per_step * cfg.answers_per_prompt
+    most = found["tokens"]["most"]
+    mean = found["tokens"]["mean"]
     lines += [
-        f"first of {len(prompts):,} prompts as the model sees it, {len(first.ids)} tokens; answer: {first.answer}",
-        *(f"  | {line}" for line in tokenizer.decode(first.ids).split("\n")),
         f"one step: {cfg.prompts_per_step} prompts x {cfg.answers_per_prompt} answers = {answers:,} answers, at most "
-        f"{tokens['most']:,} tokens; {tokens['mean']:,} if answers are half of --max-tokens on average",
+        f"{most:,} tokens; {mean:,} if answers are half of --max-tokens on average",
         f"model: {s['parameters']:,} parameters in {s['layers']} layers, context {s['context']:,}",
         table(found),
         verdict(s, cfg, found),

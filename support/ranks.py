@@ -9,6 +9,7 @@ of the prompts with an engine of its own, and is handed everyone's groups. The t
 
 import os
 import signal
+import stat
 import sys
 from datetime import timedelta
 
@@ -27,11 +28,13 @@ def start() -> None:
     """Joins the process group that torchrun has prepared. Before anything else that may make one (vLLM does)."""
     if int(os.environ.get("WORLD_SIZE", 1)) == 1 or dist.is_initialized():
         return
-    device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if torch.cuda.is_available() else None
-    if device:
+    backend = "gloo"
+    device = None
+    if torch.cuda.is_available():
+        backend = "cpu:gloo,cuda:nccl"
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
     # a rank that died is noticed by its peers at once; one that is stuck, after this long
-    backend = "cpu:gloo,cuda:nccl" if device else "gloo"
     dist.init_process_group(backend, timeout=timedelta(minutes=30), device_id=device)
     global RANK, WORLD
     RANK = dist.get_rank()
@@ -71,7 +74,7 @@ def gather(items: list) -> list:
         return items
     parts: list[list] = [[] for _ in range(WORLD)]
     dist.all_gather_object(parts, items)
-    total = sum(map(len, parts))
+    total = sum(len(part) for part in parts)
     return [parts[i % WORLD][i // WORLD] for i in range(total)]
 
 
@@ -99,25 +102,50 @@ def largest(value: float) -> float:
     return most.item()
 
 
+def agree(value) -> bool:
+    """Whether all ranks have the same value; every rank has to ask."""
+    values = [value] * WORLD
+    if WORLD > 1:
+        dist.all_gather_object(values, value)
+    return all(other == values[0] for other in values)
+
+
 class Stop:
-    """Ctrl-C and SIGTERM let the step in hand finish, then the run is saved and left; a second one stops at once."""
+    """Ctrl-C, SIGTERM and a closed terminal let the step in hand finish, then the run is saved and left; a second one
+    stops at once."""
 
     def __init__(self):
         self.signal = 0
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self.note)
+        signal.signal(signal.SIGINT, self.note)
+        signal.signal(signal.SIGTERM, self.note)
+        if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as nohup sets it
+            signal.signal(signal.SIGHUP, self.note)
 
     def note(self, number, _frame):
+        if number == signal.SIGHUP:
+            leave_terminal()
         if self.signal:
             raise KeyboardInterrupt
         self.signal = number
-        tqdm.write("stopping after this step; once more to stop at once", file=sys.stderr)
+        message = "stopping after this step; once more to stop at once"
+        if WORLD > 1:
+            message += " (torchrun waits 30 s for it, or --shutdown-timeout)"
+        tqdm.write(message, file=sys.stderr)
 
     def agreed(self) -> int:
         """The signal that any rank has had, so that all of them leave after the same step."""
         if WORLD == 1:
             return self.signal
-        return int(largest(self.signal))
+        return int(largest(self.signal))  # never assigned: a signal that comes right now must not be lost
+
+
+def leave_terminal() -> None:
+    """Output to a terminal goes nowhere from now on: to write to one that is closed raises OSError. Files stay."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for handle in (1, 2):
+        if stat.S_ISCHR(os.fstat(handle).st_mode):
+            os.dup2(nowhere, handle)
+    os.close(nowhere)
 
 
 def shard(module: torch.nn.Module, layers: list[torch.nn.Module], bfloat16: bool) -> None:
@@ -125,9 +153,11 @@ def shard(module: torch.nn.Module, layers: list[torch.nn.Module], bfloat16: bool
     float32, computation is in bfloat16, gradients are reduced in float32."""
     if WORLD == 1:
         return
-    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32) if bfloat16 else None
+    options = {}
+    if bfloat16:
+        options["mp_policy"] = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     for part in [*layers, module]:
-        fully_shard(part, **({"mp_policy": policy} if policy else {}))
+        fully_shard(part, **options)
 
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""What a checkpoint keeps of samplers and stores, in a form that `torch.load(weights_only=True)` reads: no pickled code."""
+"""What a checkpoint keeps of samplers and stores, as `torch.load(weights_only=True)` reads it: no pickled code."""
 
 import copy
 from collections import deque

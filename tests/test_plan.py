@@ -1,9 +1,10 @@
 """The memory plan: parameters are exact, activations are those of Qwen3, phases and advice follow from them.
 
-python test_plan.py      prints the README's table of GPUs
+python -m tests.test_plan      prints the README's table of GPUs
 """
 
-import dataclasses
+import json
+from dataclasses import dataclass
 from types import SimpleNamespace
 
 import pytest
@@ -11,16 +12,47 @@ import torch
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, Qwen3Config
 
 from support import plan
-from support.config import Config
 from tasks import data, tiny
+
+
+@dataclass
+class Config:
+    """What the plan reads of a run's settings."""
+
+    model: str = ""
+    engine: str = "auto"
+    dtype: str = "bfloat16"
+    optimizer: str = "adamw"
+    offload: str = "off"
+    kl: float = 0.0
+    gradient_checkpointing: bool = True
+    tokens_per_microbatch: int = 16_384
+    prompts_per_step: int = 32
+    answers_per_prompt: int = 16
+    max_prompt_tokens: int = 1024
+    max_tokens: int = 7168
+    rollout_batch: int = 512
+    gpu_memory: float = 0.45
+    vllm: str = ""
+    gpus: str = ""
+
+
+def cache(gigabytes: float) -> str:
+    return json.dumps({"kv_cache_memory_bytes": int(gigabytes * plan.GIB)})
 
 
 def qwen3(hidden, layers, heads, kv_heads, size, mlp, tied, vocabulary=151_936, context=40_960):
     return Qwen3Config(
-        hidden_size=hidden, num_hidden_layers=layers, num_attention_heads=heads, num_key_value_heads=kv_heads,
-        head_dim=size, intermediate_size=mlp, vocab_size=vocabulary, tie_word_embeddings=tied,
+        hidden_size=hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        head_dim=size,
+        intermediate_size=mlp,
+        vocab_size=vocabulary,
+        tie_word_embeddings=tied,
         max_position_embeddings=context,
-    )  # fmt: skip
+    )
 
 
 MODELS = {
@@ -55,12 +87,20 @@ def test_parameters_of_qwen3_are_those_of_the_released_models(name, parameters):
     "config",
     [
         SMALL,
-        LlamaConfig(bos_token_id=1, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-                    intermediate_size=48, vocab_size=40, max_position_embeddings=64),
+        LlamaConfig(
+            bos_token_id=1,
+            hidden_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            intermediate_size=48,
+            vocab_size=40,
+            max_position_embeddings=64,
+        ),
         GPT2Config(n_embd=32, n_layer=2, n_head=4, vocab_size=40, n_positions=64, bos_token_id=1, eos_token_id=1),
     ],
     ids=["qwen3", "llama", "gpt2"],
-)  # fmt: skip
+)
 def test_shape_is_that_of_the_real_model(config, tied):
     config.tie_word_embeddings = tied
     s, model = plan.shape(config), AutoModelForCausalLM.from_config(config)
@@ -118,7 +158,7 @@ def test_checkpointing_keeps_one_layer_and_a_row_of_hidden_states_for_each():
 
 
 def test_phases_of_qwen3_8b_on_one_gpu():
-    s, _, found = planned("Qwen3-8B", "1x141", kv_cache_gb=20.0)
+    s, _, found = planned("Qwen3-8B", "1x141", vllm=cache(20))
     p = s["parameters"]
     start, rollout, update = (found["phases"][name] for name in ("start-up", "rollout", "update"))
     assert start["weights, float32"] == rollout["weights, float32"] == update["weights, float32"] == 4 * p
@@ -142,7 +182,7 @@ def test_phases_of_qwen3_8b_on_one_gpu():
     [
         ({"optimizer": "adamw8bit"}, "update", "optimiser", 2.1 / 8),
         ({"kl": 0.1}, "update", "weights, float32", 2),  # the reference model
-        ({"tensor_parallel": 2}, "rollout", "engine's weights", 1 / 2),
+        ({"vllm": '{"tensor_parallel_size": 2}'}, "rollout", "engine's weights", 1 / 2),
         ({"dtype": "float32"}, "rollout", "engine's weights", 2),
         ({"engine": "transformers"}, "rollout", "engine's weights", 1),  # autocast's copies
     ],
@@ -153,10 +193,10 @@ def test_what_a_setting_costs(settings, phase, item, factor):
 
 
 def test_resident_engine_counts_in_the_update_and_shards_divide():
-    _, _, found = planned("Qwen3-1.7B", "1x80", keep_resident=True, kv_cache_gb=8.0)
+    _, _, found = planned("Qwen3-1.7B", "1x80", vllm=json.dumps(json.loads(cache(8)) | {"enable_sleep_mode": False}))
     assert found["phases"]["update"]["KV cache"] == 8 * plan.GIB and found["phases"]["update"]["engine's weights"]
-    s, _, one = planned("Qwen3-8B", "1x80", kv_cache_gb=8.0)
-    _, _, eight = planned("Qwen3-8B", "8x80", kv_cache_gb=8.0)
+    s, _, one = planned("Qwen3-8B", "1x80", vllm=cache(8))
+    _, _, eight = planned("Qwen3-8B", "8x80", vllm=cache(8))
     for item in ("weights, float32", "gradients", "optimiser"):
         assert eight["phases"]["update"][item] == one["phases"]["update"][item] / 8
     assert eight["kv"]["all"] == one["kv"]["all"] / 8 and eight["kv"]["token"] == one["kv"]["token"]
@@ -173,11 +213,11 @@ def test_resident_engine_counts_in_the_update_and_shards_divide():
         ("Qwen3-8B", "1x141", {}, ["--optimizer adamw8bit", "--gradient-checkpointing"]),
         ("Qwen3-8B", "1x80", {}, ["--optimizer adamw8bit", "--gradient-checkpointing", "2 such GPUs"]),
         ("Qwen3-8B", "8x80", {}, ["--gradient-checkpointing"]),
-        ("Qwen3-0.6B", "1x24", {"gradient_checkpointing": True, "kv_cache_gb": 15.0}, ["--kv-cache-gb 10"]),
-        ("Qwen3-0.6B", "1x20", {"gradient_checkpointing": True, "gpu_memory": 0.1}, ["--kv-cache-gb 5"]),
+        ("Qwen3-0.6B", "1x24", {"gradient_checkpointing": True, "vllm": cache(15)}, [f"--vllm '{cache(10)}'"]),
+        ("Qwen3-0.6B", "1x20", {"gradient_checkpointing": True, "gpu_memory": 0.1}, [f"--vllm '{cache(5)}'"]),
         ("Qwen3-8B", "1x24", {}, None),
     ],
-)  # fmt: skip
+)
 def test_advice_is_what_makes_it_fit_and_nothing_more(model, gpus, settings, advice):
     s, cfg, found = planned(model, gpus, **settings)
     count, gpu = plan.found_gpus(gpus)
@@ -191,9 +231,9 @@ def test_advice_is_what_makes_it_fit_and_nothing_more(model, gpus, settings, adv
 
 
 def test_a_kv_cache_that_holds_no_answer_does_not_fit_however_large_the_gpu():
-    s, cfg, found = planned("Qwen3-8B", "1x999", kv_cache_gb=1.0, gradient_checkpointing=True)
+    s, cfg, found = planned("Qwen3-8B", "1x999", vllm=cache(1), gradient_checkpointing=True)
     assert not found["fits"] and "does not hold one whole answer" in plan.verdict(s, cfg, found)
-    assert planned("Qwen3-8B", "1x999", kv_cache_gb=2.0, gradient_checkpointing=True)[2]["fits"]
+    assert planned("Qwen3-8B", "1x999", vllm=cache(2), gradient_checkpointing=True)[2]["fits"]
 
 
 @pytest.mark.parametrize(("flag", "gpus"), [("8x80", (8, 80)), ("1 x 23.5 GB", (1, 23.5)), ("2X141gib", (2, 141))])
@@ -246,11 +286,19 @@ def test_report_holds_configuration_prompt_tokens_memory_and_verdict():
     text = report(gpus="2x24", answers_per_prompt=8)
     question, answer = tiny.arithmetic(1)[0]
     for part in (
-        " * max_tokens              15", "   answers_per_prompt      8", f"  | {question}\n", f"answer: {answer}",
-        "first of 3 prompts as the model sees it, 10 tokens", "32 prompts x 8 answers = 256 answers", "3,840 tokens",
+        " * max_tokens              15",
+        "   answers_per_prompt      8",
+        f"  | {question}\n",
+        f"answer: {answer}",
+        "first of 3 prompts as the model sees it, 10 tokens",
+        "32 prompts x 8 answers = 256 answers",
+        "3,840 tokens",
         f"model: {sum(p.numel() for p in tiny.make_model(0).parameters()):,} parameters in 2 layers, context 64",
-        "start-up   rollout    update", "gradients", "fits 2 GPUs of 24 GB", "torchrun --nproc-per-node 2",
-    ):  # fmt: skip
+        "start-up   rollout    update",
+        "gradients",
+        "fits 2 GPUs of 24 GB",
+        "torchrun --nproc-per-node 2",
+    ):
         assert part in text
 
 
@@ -277,24 +325,194 @@ def test_only_config_and_tokenizer_are_read_and_a_wrong_path_is_one_line(tmp_pat
     assert "\n" not in str(error.value)
 
 
-def readme_table() -> str:
+# ---------------------------------------------------------------- masters on the host
+
+
+@pytest.mark.parametrize(
+    ("model", "gpu", "tokens", "update", "cache_left"),
+    [
+        ("Qwen3-8B", 79.1, 16_384, 71.2, 40.1),
+        ("Qwen3-8B", 79.1, 8_192, 63.2, 40.1),
+        ("Qwen3-4B", 45.9, 16_384, 41.2, 22.5),
+        ("Qwen3-1.7B", 23.5, 8_192, 20.3, 10.9),
+    ],
+)
+def test_with_masters_on_the_host_large_models_fit_one_gpu(model, gpu, tokens, update, cache_left):
+    s = plan.shape(MODELS[model])
+    cfg = Config(model=model, offload="on", tokens_per_microbatch=tokens, gpu_memory=0)
+    found = plan.plan(s, cfg, 1, gpu * plan.GIB)
+    assert found["place"] == "host" and found["fits"]
+    assert found["peaks"]["update"] / plan.GIB == pytest.approx(update, abs=0.1)
+    assert found["kv"]["pool"] / plan.GIB == pytest.approx(cache_left, abs=1.5)
+    assert found["host"]["needs"] == 12.9 * s["parameters"]
+
+
+def test_bytes_a_parameter_with_masters_on_the_host():
+    s = plan.shape(MODELS["Qwen3-8B"])
+    assert s["linear"] == pytest.approx(7.568e9, rel=1e-4)
+    found = plan.plan(s, Config(offload="on"), 1, 80 * plan.GIB)
+    start, rollout, update = (found["phases"][name] for name in ("start-up", "rollout", "update"))
+    kept = update["weights"] + update["gradients"] + update["optimiser"]
+    assert kept / s["parameters"] == pytest.approx(6.15, abs=0.005) and not rollout["optimiser"]
+    for parts in (start, rollout):
+        assert (sum(parts.values()) - parts["KV cache"]) / plan.GIB == pytest.approx(36.7, abs=0.05)
+    # the reference model is another copy of what is on the GPU
+    both = plan.plan(s, Config(offload="on", kl=0.1), 1, 80 * plan.GIB)["phases"]["update"]
+    assert both["weights"] == 2 * update["weights"] and both["gradients"] == update["gradients"]
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_linear_parameters_are_those_that_autocast_casts_and_no_embedding_shares(tied):
+    SMALL.tie_word_embeddings = tied
+    model = AutoModelForCausalLM.from_config(SMALL)
+    total = sum(p.numel() for p in model.parameters())
+    norms = sum(p.numel() for name, p in model.named_parameters() if "norm" in name)
+    assert plan.shape(SMALL)["linear"] == total - norms - model.model.embed_tokens.weight.numel()
+
+
+@pytest.mark.parametrize(
+    ("model", "gpus", "host", "settings", "place", "reason"),
+    [
+        ("Qwen3-0.6B", "1x80", 0, {}, "gpu", "everything fits"),
+        ("Qwen3-8B", "1x80", 0, {}, "host", "do not fit beside the rest"),
+        ("Qwen3-8B", "1x80", 128, {}, "host", "do not fit beside the rest"),
+        ("Qwen3-8B", "1x80", 96, {}, "gpu", "the host would need 98.4 GiB of memory for them and has 96.0"),
+        ("Qwen3-8B", "1x40", 128, {}, "gpu", "not fit with them on the host either"),
+        ("Qwen3-8B", "1x141", 128, {"optimizer": "adamw8bit"}, "gpu", "everything fits"),
+        ("Qwen3-8B", "1x80", 128, {"optimizer": "adamw8bit"}, "gpu", "adamw8bit is for the GPU"),
+        ("Qwen3-8B", "8x80", 128, {}, "sharded", "8 GPUs"),
+        ("Qwen3-8B", "8x80", 128, {"offload": "off"}, "sharded", "8 GPUs"),
+        ("Qwen3-8B", "1x80", 128, {"offload": "off"}, "gpu", "asks for it"),
+        ("Qwen3-0.6B", "1x80", 128, {"offload": "on"}, "host", "asks for it"),
+        ("Qwen3-0.6B", "", 128, {}, "gpu", "no GPU"),
+    ],
+)
+def test_where_masters_are_kept(model, gpus, host, settings, place, reason):
+    s = plan.shape(MODELS[model])
+    cfg = Config(**({"offload": "auto"} | settings))
+    count, gpu = plan.found_gpus(gpus) if gpus else (1, 0.0)
+    chosen, why = plan.choose(s, cfg, count, gpu, host * plan.GIB)
+    assert chosen == place and reason in why and "\n" not in why
+    assert plan.plan(s, cfg, count, gpu, host * plan.GIB)["place"] == place
+
+
+@pytest.mark.parametrize(("gpus", "settings"), [("2x80", {}), ("1x80", {"optimizer": "adamw8bit"})])
+def test_offload_where_it_cannot_be_meant(gpus, settings):
+    s = plan.shape(MODELS["Qwen3-0.6B"])
+    with pytest.raises(ValueError, match="--offload on"):
+        plan.plan(s, Config(offload="on", **settings), *plan.found_gpus(gpus))
+
+
+def test_verdict_and_table_name_the_host():
+    s = plan.shape(MODELS["Qwen3-8B"])
+    gpu = 80 * plan.GIB
+    cfg = Config(offload="auto")
+    found = plan.plan(s, cfg, 1, gpu, 128 * plan.GIB)
+    assert plan.changes(s, cfg, 1, gpu, 128 * plan.GIB) == []
+    assert "fits 1 GPU of 80 GB" in plan.verdict(s, cfg, found) and "98.4 GiB on the host" in plan.verdict(
+        s, cfg, found
+    )
+    assert "host memory: 98.4 GiB" in plan.table(found) and "128.0 GiB are free" in plan.table(found)
+    assert "are free" not in plan.table(plan.plan(s, cfg, 1, gpu))
+    small = plan.plan(s, cfg, 1, gpu, 64 * plan.GIB)
+    assert not small["fits"] and "the host would need 98.4 GiB" in plan.verdict(s, cfg, small)
+    forced = plan.plan(s, Config(offload="on"), 1, gpu, 64 * plan.GIB)
+    line = plan.verdict(s, Config(offload="on"), forced)
+    assert not forced["fits"] and "98.4 GiB on the host, which has 64.0" in line
+    plain = plan.plan(plan.shape(MODELS["Qwen3-0.6B"]), cfg, 1, gpu, 128 * plan.GIB)
+    assert "host" not in plan.table(plain)
+
+
+def test_an_engine_that_takes_what_is_left_holds_more_answers():
+    s = plan.shape(MODELS["Qwen3-8B"])
+    gpu = 79.1 * plan.GIB
+    fixed = plan.plan(s, Config(offload="on"), 1, gpu)
+    rest = plan.plan(s, Config(offload="on", gpu_memory=0), 1, gpu)
+    assert fixed["kv"]["pool"] < 18 * plan.GIB < 39 * plan.GIB < rest["kv"]["pool"]
+    assert rest["peaks"]["rollout"] <= plan.USABLE * gpu
+
+
+def test_two_options_of_vllm_are_one_flag():
+    s = plan.shape(MODELS["Qwen3-0.6B"])
+    options = {"enforce_eager": True, "enable_sleep_mode": False, "kv_cache_memory_bytes": 30 * plan.GIB}
+    cfg = Config(vllm=json.dumps(options))
+    (text,) = plan.changes(s, cfg, *plan.found_gpus("1x24"))
+    told = json.loads(text.removeprefix("--vllm '").removesuffix("'"))
+    assert told == options | {"enable_sleep_mode": True, "kv_cache_memory_bytes": 10 * plan.GIB}
+
+
+# ---------------------------------------------------------------- host memory
+
+MEMINFO = "MemTotal:       2000 kB\nMemFree:  10 kB\nMemAvailable:   1000 kB\n"
+
+
+def host(root, cgroup: str, files: dict[str, str]) -> float:
+    (root / "proc/self").mkdir(parents=True)
+    (root / "proc/meminfo").write_text(MEMINFO)
+    (root / "proc/self/cgroup").write_text(cgroup)
+    for name, text in files.items():
+        path = root / "sys/fs/cgroup" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    return plan.host_memory(root)
+
+
+def group(folder: str, most, used: int, idle: int = 0) -> dict[str, str]:
+    return {
+        f"{folder}memory.max": f"{most}\n",
+        f"{folder}memory.current": f"{used}\n",
+        f"{folder}memory.stat": f"anon 5\ninactive_file {idle}\n",
+    }
+
+
+def test_host_memory_is_what_is_available(tmp_path):
+    assert host(tmp_path, "0::/\n", group("", "max", 7)) == 1000 * 1024
+
+
+def test_host_memory_is_bounded_by_any_group_above(tmp_path):
+    files = group("a/b/", "max", 7) | group("a/", 9000, 3000, idle=1000) | group("", "max", 7)
+    assert host(tmp_path, "0::/a/b\n", files) == 7000
+
+
+def test_host_memory_within_a_container(tmp_path):
+    assert host(tmp_path, "0::/not/there\n", group("", 5000, 6000)) == 0
+
+
+def test_host_memory_by_the_first_version_of_control_groups(tmp_path):
+    files = {
+        "memory/x/memory.limit_in_bytes": "8000",
+        "memory/x/memory.usage_in_bytes": "5000",
+        "memory/x/memory.stat": "inactive_file 1\ntotal_inactive_file 500\n",
+    }
+    assert host(tmp_path, "5:cpu,cpuacct:/x\n4:memory:/x\n", files) == 3500
+
+
+def test_host_memory_is_unknown_elsewhere(tmp_path):
+    assert plan.host_memory(tmp_path) == 0
+
+
+# ---------------------------------------------------------------- the README's table
+
+
+def readme_table(offload: str = "off") -> str:
     lines = ["| model | GPUs | flags on top of the defaults | planned peak, GiB a GPU |", "|---|---|---|---|"]
     rows = [("Qwen3-8B", gpus) for gpus in ("1x80", "1x141", "2x80", "8x80")]
     rows += [(model, gpus) for model in list(MODELS)[:3] for gpus in ("1x24", "2x24", "8x24")]
     for model, gpus in rows:
-        s, cfg, _ = planned(model, gpus, gradient_checkpointing=True)  # the default
+        s, cfg, _ = planned(model, gpus, gradient_checkpointing=True, offload=offload)
         count, gpu = plan.found_gpus(gpus)
-        changes = plan.changes(s, cfg, count, gpu)
-        if changes is None or any("such GPUs" in change for change in changes):
-            lines.append(f"| {model} | {gpus.replace('x', ' x ')} GB | does not fit | |")
+        name = gpus.replace("x", " x ")
+        changes = plan.search(s, cfg, count, gpu)
+        if changes is None or any(change.gpus for change in changes):
+            lines.append(f"| {model} | {name} GB | does not fit | |")
             continue
-        values = [change.removeprefix("--").split() for change in changes]
-        kinds = {"optimizer": str, "gradient_checkpointing": bool, "tokens_per_microbatch": int, "kv_cache_gb": float}
-        names = [(name.replace("-", "_"), value) for name, *value in values]
-        cfg = dataclasses.replace(cfg, **{name: kinds[name](value[0]) if value else True for name, value in names})
-        peak = max(plan.plan(s, cfg, count, gpu)["peaks"].values())
-        flags = " ".join(f"`{change}`" for change in changes) or "none"
-        lines.append(f"| {model} | {gpus.replace('x', ' x ')} GB | {flags} | {plan.size(peak)} |")
+        other, _ = plan.changed(cfg, count, changes)
+        found = plan.plan(s, other, count, gpu)
+        flags = " ".join(f"`{text}`" for text in plan.changes(s, cfg, count, gpu)) or "none"
+        peak = plan.size(max(found["peaks"].values()))
+        if found["place"] == "host":
+            peak += f", and {plan.size(found['host']['needs'])} on the host"
+        lines.append(f"| {model} | {name} GB | {flags} | {peak} |")
     return "\n".join(lines)
 
 
@@ -303,7 +521,11 @@ def test_readme_table_says_which_gpus_run_qwen3_8b():
     assert "| Qwen3-8B | 1 x 80 GB | does not fit | |" in rows
     assert "| Qwen3-8B | 1 x 141 GB | `--optimizer adamw8bit` |" in rows
     assert "| Qwen3-8B | 8 x 80 GB | none |" in rows
+    rows = readme_table("auto")
+    assert "| Qwen3-8B | 1 x 80 GB | none | 71.2, and 98.4 on the host |" in rows
+    assert "| Qwen3-8B | 8 x 80 GB | none |" in rows
 
 
 if __name__ == "__main__":
     print(readme_table())
+    print(readme_table("auto"))

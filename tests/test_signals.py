@@ -1,0 +1,70 @@
+"""What asks a run to stop: the step in hand is finished and saved."""
+
+import os
+import pty
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from support import ranks
+
+SECONDS = 30  # after which a child gives up
+
+
+def child(saved: Path, ignored: bool) -> None:
+    """A run in a process forked from this one. It writes down which signal it has had."""
+    status = 1
+    try:
+        signal.signal(signal.SIGHUP, signal.SIG_IGN if ignored else signal.SIG_DFL)
+        stop = ranks.Stop()
+        os.write(1, b"ready")
+        end = time.monotonic() + SECONDS
+        while not stop.agreed() and time.monotonic() < end:
+            time.sleep(0.01)
+        os.write(1, b"saving")
+        saved.write_text(str(stop.agreed()))
+        status = 0
+    finally:
+        os._exit(status)  # whatever happens: the tests go on in the parent only
+
+
+def start(saved: Path, ignored: bool = False) -> tuple[int, int]:
+    """Its process id, and the terminal that it runs in."""
+    process, terminal = pty.fork()
+    if not process:
+        child(saved, ignored)
+    text = b""
+    while b"ready" not in text:
+        text += os.read(terminal, 1000)
+    return process, terminal
+
+
+def end(process: int) -> int:
+    return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_lets_the_step_finish(tmp_path, number):
+    process, terminal = start(tmp_path / "saved")
+    os.kill(process, number)
+    assert end(process) == 0 and (tmp_path / "saved").read_text() == str(int(number))
+    os.close(terminal)
+
+
+def test_a_closed_terminal_lets_the_step_finish(tmp_path):
+    """What is written to it afterwards would raise; the kernel sends SIGHUP."""
+    process, terminal = start(tmp_path / "saved")
+    os.close(terminal)
+    assert end(process) == 0 and (tmp_path / "saved").read_text() == str(int(signal.SIGHUP))
+
+
+def test_nohup_is_respected(tmp_path):
+    process, terminal = start(tmp_path / "saved", ignored=True)
+    os.kill(process, signal.SIGHUP)
+    time.sleep(0.3)
+    assert not (tmp_path / "saved").exists()
+    os.kill(process, signal.SIGTERM)
+    assert end(process) == 0 and (tmp_path / "saved").read_text() == str(int(signal.SIGTERM))
+    os.close(terminal)

@@ -169,7 +169,19 @@ def comments_of(kind: type) -> dict[str, str]:
     return dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(kind), re.M))
 
 
-def parse(argv: list[str], description: str) -> tuple[Config, list[str]]:
+def parse(kind, argv, description: str = "", default=None) -> tuple:
+    """The flags of a program, by tyro from the dataclass `kind`, whose trailing comments are the help. Returns the
+    configuration and the names of the fields that were given by hand."""
+    if not isinstance(kind, type):
+        return parse_run(kind, argv)  # train.py, which does not say its dataclass yet
+    import tyro
+
+    cfg = tyro.cli(kind, args=argv, description=description, default=default, config=(tyro.conf.FlagCreatePairsOff,))
+    words = {word.split("=")[0].removeprefix("--").replace("-", "_") for word in argv if word.startswith("--")}
+    return cfg, sorted(field.name for field in dataclasses.fields(kind) if field.name in words)
+
+
+def parse_run(argv: list[str], description: str) -> tuple[Config, list[str]]:
     """Flags from the fields of Config and their comments. Returns the configuration and the fields given by hand."""
     comments = comments_of(Config)
     methods = "\n".join(f"  {name:12}{text}" for name, (_, text, _) in METHODS.items())

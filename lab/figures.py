@@ -115,15 +115,19 @@ def reach_table(result: dict) -> str:
 
 
 def differences_list(result: dict) -> str:
-    """Every setting in which the arms differ, the baseline's value first."""
-    if not result["differences"]:
-        return "The arms differ in no setting but the method."
+    """Every setting in which the arms differ, the baseline's value first; not that a method is itself."""
     base = result["baseline"]
-    lines = ["Settings in which the arms differ:", ""]
+    lines = []
     for name, values in result["differences"].items():
-        others = [f"{method} {value}" for method, value in values.items() if value != values[base]]
-        lines.append(f"- `{name}`: {values[base]}; {', '.join(others)}")
-    return "\n".join(lines)
+        others = []
+        for method, value in values.items():
+            if value not in (values[base], method):
+                others.append(f"{plot.label_of(method)} {value}")
+        if others or "/" in values[base]:
+            lines.append(f"- `{name}`: {'; '.join([values[base], *others])}")
+    if not lines:
+        return "The arms differ in no setting but the method."
+    return "\n".join([f"Settings in which the arms differ, {plot.label_of(base)} first:", "", *lines])
 
 
 def load_line(load: dict) -> str:

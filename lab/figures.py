@@ -204,9 +204,10 @@ def comparison(result: dict, path: Path) -> Path:
         for method, entry in result["methods"].items():
             draw_curve(axis, entry["curves"][cost], colours[method], f"{plot.label_of(method)} (n={entry['seeds']})")
         axis.set(xlim=(0, None), xlabel="rollouts" if cost == "rollouts" else "seconds in steps")
-        axis.set_title(f"at equal {COSTS[cost]}")
+        axis.set_title(f"over {COSTS[cost]}")
         tidy(axis)
     axes[0, 0].set_ylabel(measure_of(result))
+    axes[0, 0].yaxis.set_major_formatter("{x:.0%}")
     handles, labels = axes[0, 0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False)
     return plot.save(figure, path)

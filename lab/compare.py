@@ -38,7 +38,7 @@ from tyro.conf import Positional
 
 from lab import figures
 from lab.figures import COSTS
-from support import config, plot, stats
+from support import config, log, plot, stats
 from tasks import tiny
 
 LEVELS = (0.4, 0.5, 0.6, 0.7)
@@ -64,9 +64,20 @@ class Flags:
     out: str = str(config.OUT / "compare")  # folder of runs and results
 
 
-def settings_of(flags: list[str]):
-    """The configuration that train.py makes of `flags`, and the names of the settings that they give by hand."""
-    return config.parse(flags, "")
+def settings_of(argv: list[str]):
+    """The configuration that train.py makes of `argv`, and the names of the settings that they give by hand."""
+    from train import METHODS, Config
+
+    argv = config.with_value(argv, "replay", "prompt")
+    return config.parse(Config, argv, "", config.preset(Config, argv, tiny.SETTINGS, METHODS))
+
+
+def check_run(cfg) -> None:
+    """ValueError, in one line, for a run that train.py would refuse."""
+    from train import make_rules
+
+    config.check_training(cfg)
+    make_rules(cfg, cfg.prompts_per_step)
 
 
 # ---------------------------------------------------------------- curves
@@ -281,9 +292,9 @@ def is_complete(folder: Path, flags: list[str]) -> bool:
 def one_run(folder: Path, flags: list[str]) -> None:
     """In a process of its own, with its console in log.txt, and the machine's load before and after in load.json."""
     os.setsid()  # Ctrl-C is for the parent, which ends its runs once; twice would be at once, with nothing saved
-    with open(folder / "log.txt", "w") as log:
-        os.dup2(log.fileno(), 1)
-        os.dup2(log.fileno(), 2)
+    with open(folder / "log.txt", "w") as console:
+        os.dup2(console.fileno(), 1)
+        os.dup2(console.fileno(), 2)
     import train
 
     load = {"start": os.getloadavg()[0]}
@@ -310,7 +321,7 @@ def run_all(jobs: list[tuple[Path, list[str]]], at_once: int) -> None:
     waiting = [job for job in jobs if not is_complete(*job)]
     for _, flags in waiting:
         cfg, _ = settings_of(flags)
-        config.validate(cfg)
+        check_run(cfg)
         if not cfg.model:  # once, before two runs begin to make it
             tiny.make(tiny.home(cfg.sharing), sharing=cfg.sharing)
 
@@ -408,7 +419,7 @@ def write_results(out: Path, name: str, runs: list[dict], methods: list[str], co
     result["differences"] = differing_settings(runs, methods)
     result["load"] = load_of(runs)
     result["command"] = command
-    result["commit"] = stats.commit()
+    result["commit"] = log.commit()
     result["commits_of_runs"] = sorted({run["commit"] for run in runs})
     text = figures.results_table(result)
     (out / f"{name}.json").write_text(json.dumps(stats.rounded(result), indent=1) + "\n")

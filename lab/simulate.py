@@ -36,10 +36,10 @@ from typing import Literal
 import numpy as np
 
 from lab import figures
-from lab.rules import Adaptive
-from replay import GRESO, Prioritized, PromptReplay, Uniform
-from support import stats
-from support.config import OUT, parse
+from lab.rules import GRESO, Adaptive
+from replay import Prioritized, PromptReplay, Uniform
+from support import log, stats
+from support.config import OUT, parse, with_value
 
 RULES = {
     "uniform": Uniform,
@@ -115,11 +115,6 @@ def check(flags: Flags) -> None:
     unknown = [name for name in flags.rules if name not in RULES]
     if unknown or not flags.rules:
         raise ValueError(f"--rules {' '.join(unknown)}: choose from {', '.join(RULES)}")
-
-
-def replays(sampler) -> set[int]:
-    """The prompts of the current batch that the sampler has brought back."""
-    return sampler.epochs.replays
 
 
 # ---------------------------------------------------------------- the policy
@@ -265,8 +260,7 @@ def run(setting: Setting, rule, seeds: list[int], salt: int = 0, until: float = 
         back = np.zeros(chosen.shape, bool)
         for i, sampler in enumerate(samplers):
             chosen[i] = sampler.draw(setting.prompts_per_step, step)
-            again = replays(sampler)
-            back[i] = [x in again for x in chosen[i].tolist()]
+            back[i] = np.isin(chosen[i], list(sampler.replays))
 
         # answers, update, and what the samplers are told
         correct = policy.step(chosen)
@@ -421,7 +415,7 @@ def draw_map(setting: Setting, rules: list[str], seeds: list[int], path: Path, g
 
     # one cell a line, so that two maps can be compared line by line
     path.parent.mkdir(parents=True, exist_ok=True)
-    head = json.dumps({"command": command, "commit": stats.commit()})[1:-1]
+    head = json.dumps({"command": command, "commit": log.commit()})[1:-1]
     lines = ",\n".join(json.dumps(stats.rounded(cell)) for cell in cells)
     path.with_suffix(".json").write_text(f'{{{head}, "cells": [\n{lines}\n]}}\n')
 
@@ -433,19 +427,10 @@ def draw_map(setting: Setting, rules: list[str], seeds: list[int], path: Path, g
     return path
 
 
-def with_map_file(argv: list[str]) -> list[str]:
-    """A bare --map means out/map.png."""
-    if "--map" not in argv:
-        return argv
-    after = argv.index("--map") + 1
-    if after < len(argv) and not argv[after].startswith("--"):
-        return argv
-    return [*argv[:after], str(OUT / "map.png"), *argv[after:]]
-
-
 def main(argv: list[str]) -> int:
-    flags, _ = parse(Flags, with_map_file(argv), __doc__)
     command = "python -m lab.simulate " + shlex.join(argv)
+    argv = with_value(argv, "map", str(OUT / "map.png"))  # --map alone
+    flags, _ = parse(Flags, argv, __doc__)
     try:
         check(flags)
         setting = Setting(**{field.name: getattr(flags, field.name) for field in dataclasses.fields(Setting)})

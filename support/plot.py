@@ -17,6 +17,9 @@ COLOURS = {
     "prioritized": "#d55e00",
     "rollout": "#009e73",
     "group": "#c0508f",
+    "popo": "#c0508f",
+    "group-kl": "#882255",
+    "group-oldest": "#cc99bb",
     "adaptive": "#e0a000",
     "dapo": "#56b4e9",
     "greso": "#8c6d31",
@@ -26,7 +29,7 @@ COLOURS = {
     "rare": "#332288",
     "cautious": "#88ccee",
 }
-SPARE = ("#882255", "#117733", "#aa4499", "#6699cc", "#999933", "#661100")  # for arms that a user has named
+SPARE = ("#117733", "#aa4499", "#6699cc", "#999933", "#661100")  # for arms that a user has named
 LABELS = {
     "none": "plain GRPO",
     "uniform": "uniform",
@@ -34,6 +37,9 @@ LABELS = {
     "prioritized": "Prioritized Replay",
     "rollout": "rollout-level",
     "group": "POPO",
+    "popo": "POPO",
+    "group-kl": "POPO, least drift first",
+    "group-oldest": "POPO, oldest first",
     "adaptive": "adaptive (ours)",
     "dapo": "DAPO",
     "greso": "GRESO",

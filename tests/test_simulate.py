@@ -5,7 +5,8 @@ import pytest
 
 from lab import simulate
 from lab.simulate import Policy, Setting, against, compare_rules, make_task, reinforce, rollouts_to, run
-from replay import GRESO, Prioritized, PromptReplay, Uniform
+from lab.rules import GRESO
+from replay import Prioritized, PromptReplay, Uniform
 
 SMALL = {"prompts": 60, "prompts_per_step": 4, "steps": 40}
 
@@ -132,7 +133,7 @@ def test_the_samplers_are_those_of_training_with_their_papers_constants():
     made = {name: rule(100, 7) for name, rule in simulate.RULES.items()}
     assert [type(made[name]) for name in ("prompt", "prioritized", "greso")] == [PromptReplay, Prioritized, GRESO]
     assert (made["prompt"].band, made["prompt"].share, made["prompt"].cooldown) == ((0.25, 0.75), 0.75, 10)
-    assert (made["prompt"].epochs.order == made["uniform"].epochs.order).all()
+    assert (made["prompt"].order == made["uniform"].order).all()
 
 
 def test_rollouts_to_a_level():

@@ -1,8 +1,8 @@
 """When does replay pay? The samplers of replay.py, unchanged, on a policy whose pass rates are known exactly.
 
-    python simulate.py                                       every rule against uniform sampling, in seconds
-    python simulate.py --visit 1.4 --sharing 0.975           change one number and look again
-    python simulate.py --map                                 rules over (step per visit x sharing): figure and numbers
+    python -m lab.simulate                                   every rule against uniform sampling, in seconds
+    python -m lab.simulate --visit 1.4 --sharing 0.975       change one number and look again
+    python -m lab.simulate --map                             rules over (step per visit x sharing): figures and numbers
 
 The policy: a prompt needs all of its skills, and each skill comes off with probability sigmoid(its logit), so that a
 prompt's pass rate is a product of sigmoids. Answers are drawn, a group's advantages are reward minus group mean, and
@@ -18,9 +18,10 @@ for longer steps alone (`--normalise batch`: dead groups make a step shorter). T
 Accuracy is exact: over new combinations of the skills trained on or, where nothing is shared, over the prompts trained
 on. A rule's seeds are matched with uniform sampling's: same skills, same prompts, same order of epochs. What it leaves
 out: answers' length and time (a rollout is a rollout), and all that a network's features do beyond random overlap.
+
+Shapes: S seeds side by side, F skills, N prompts of the data set, P prompts of a step, K skills of a prompt, G answers.
 """
 
-import argparse
 import dataclasses
 import itertools
 import json
@@ -30,14 +31,15 @@ import sys
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Literal
 
 import numpy as np
 
-from lab.rules import Adaptive
-from replay import GRESO, Prioritized, PromptReplay, Uniform
-from support import plot, stats
-from support.config import OUT, comments_of, fail
+from lab import figures
+from lab.rules import GRESO, Adaptive
+from replay import Prioritized, PromptReplay, Uniform
+from support import log, stats
+from support.config import OUT, parse, with_value
 
 RULES = {
     "uniform": Uniform,
@@ -49,15 +51,31 @@ RULES = {
     "rare": partial(PromptReplay, band=(1e-6, 0.5), share=0.5, cooldown=5, max_reuse=5),
     "cautious": partial(PromptReplay, band=(1e-6, 0.25), share=0.5, cooldown=5, max_reuse=5),
 }
-VISITS, SHARINGS, INTERFERENCES = (0.04, 0.14, 0.4, 1.4, 4.0), (0.0, 0.5, 0.9, 0.975), (0.0, 0.5)  # of the map
-RARE, SOLVED, HELD_OUT, POINTS, FEATURES = 0.03, 0.97, 500, 100, 16
-MOMENTUM, MEMORY = 0.9, 0.95  # of --optimizer adam
+
+USUAL = tuple(name for name in RULES if name != "placebo")
+
+# the map: every combination of these
+VISITS = (0.04, 0.14, 0.4, 1.4, 4.0)
+SHARINGS = (0.0, 0.5, 0.9, 0.975)
+INTERFERENCES = (0.0, 0.5)
+
+# the task: pass rates of rare and of solved skills at the start, held-out prompts, random features of a skill
+RARE = 0.03
+SOLVED = 0.97
+HELD_OUT = 500
+FEATURES = 16
+
+POINTS = 100  # of an accuracy curve
+MOMENTUM = 0.9  # of --optimizer adam
+MEMORY = 0.95  # of --optimizer adam: what is kept of the mean square of steps
 FIGURES = ("dead", "replayed", "distinct", "moved_fresh", "moved_replayed")
+SHARES = ("sharing", "difficulty", "interference")  # settings in [0, 1)
+LEAST = {"skills": 1, "prompts": 1, "prompts_per_step": 1, "answers": 2, "steps": 2}
 
 
 @dataclass
 class Setting:
-    """One cell of the map. Fields and comments are the flags and their help."""
+    """One cell of the map."""
 
     visit: float = 0.14  # logits by which one visit moves a prompt of one skill at pass rate one half
     sharing: float = 0.0  # 1 - skills / skill slots; 0: each prompt its own; 0.5: each skill in two; 0.975: in forty
@@ -71,43 +89,69 @@ class Setting:
     optimizer: Literal["sgd", "adam"] = "sgd"  # adam: momentum and one scale for all logits
     normalise: Literal["live", "batch"] = "live"  # live: dead groups do not make a step shorter (as in grpo.py)
 
-    def __post_init__(self):
-        for name, value in dataclasses.asdict(self).items():
-            if name in ("sharing", "difficulty", "interference") and not 0 <= value < 1:
-                raise ValueError(f"--{name} must be at least 0 and below 1, got {value}")
-        for name, least in {"skills": 1, "prompts": 1, "prompts_per_step": 1, "answers": 2, "steps": 2}.items():
-            if getattr(self, name) < least:
-                raise ValueError(f"--{name.replace('_', '-')} must be at least {least}, got {getattr(self, name)}")
-        if not self.visit > 0:
-            raise ValueError(f"--visit must be above 0, got {self.visit}")
-        if self.prompts_per_step > self.prompts:
-            raise ValueError(f"--prompts-per-step {self.prompts_per_step} is more than the {self.prompts} prompts")
+
+@dataclass
+class Flags(Setting):
+    rules: tuple[str, ...] = USUAL  # any of uniform, placebo, prompt, prioritized, greso, adaptive, rare, cautious
+    seeds: int = 16  # matched seeds
+    first_seed: int = 0  # the first of them; rules were chosen on 0 to 11
+    map: str = ""  # FILE.png: draw the map, its numbers beside it; alone: out/map.png
 
 
-# ---------------------------------------------------------------- the policy: S seeds side by side, F skills
+def check(flags: Flags) -> None:
+    """ValueError, in one line, for numbers that cannot be meant."""
+    for name in SHARES:
+        if not 0 <= getattr(flags, name) < 1:
+            raise ValueError(f"--{name} must be at least 0 and below 1, got {getattr(flags, name)}")
+    for name, least in LEAST.items():
+        if getattr(flags, name) < least:
+            raise ValueError(f"--{name.replace('_', '-')} must be at least {least}, got {getattr(flags, name)}")
+    if not flags.visit > 0:
+        raise ValueError(f"--visit must be above 0, got {flags.visit}")
+    if flags.prompts_per_step > flags.prompts:
+        raise ValueError(f"--prompts-per-step {flags.prompts_per_step} is more than the {flags.prompts} prompts")
+    if flags.seeds < 2:
+        raise ValueError(f"--seeds must be at least 2, for a standard error, got {flags.seeds}")
+    unknown = [name for name in flags.rules if name not in RULES]
+    if unknown or not flags.rules:
+        raise ValueError(f"--rules {' '.join(unknown)}: choose from {', '.join(RULES)}")
+
+
+# ---------------------------------------------------------------- the policy
 
 
 def sigmoid(x: np.ndarray) -> np.ndarray:
     return 1 / (1 + np.exp(-x))
 
 
+def pick(theta: np.ndarray, skills: np.ndarray) -> np.ndarray:
+    """The logits of `skills` [S, N, K] out of `theta` [S, F]."""
+    flat = skills.reshape(len(skills), -1)
+    return np.take_along_axis(theta, flat, 1).reshape(skills.shape)
+
+
 def make_task(setting: Setting, seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Start logits [F], the skills of each training prompt [N, K], and those of the prompts that accuracy is over."""
     rng = np.random.default_rng([seed, 0])
-    n, k = setting.prompts, setting.skills
+    n = setting.prompts
+    k = setting.skills
+    # every skill is in as many prompts as every other, or in one more
     count = max(round(n * k * (1 - setting.sharing)), k)
-    skills = rng.permutation(np.arange(n * k) % count).reshape(n, k)  # every skill in as many prompts, give or take one
-    # Shares of prompts, whatever K: `difficulty` have a rare skill; two fifths of the others are all but solved.
-    easy, no_rare = (0.4 * (1 - setting.difficulty)) ** (1 / k), (1 - setting.difficulty) ** (1 / k)
-    kind, middling = rng.random(count), rng.uniform(0.2, 0.8, count)
-    rate = np.where(kind < easy, SOLVED, np.where(kind < no_rare, middling, RARE))
+    skills = rng.permutation(np.arange(n * k) % count).reshape(n, k)
+    # shares of prompts, whatever K: `difficulty` have a rare skill; two fifths of the others are all but solved
+    easy = (0.4 * (1 - setting.difficulty)) ** (1 / k)
+    no_rare = (1 - setting.difficulty) ** (1 / k)
+    kind = rng.random(count)
+    rate = rng.uniform(0.2, 0.8, count)
+    rate[kind < easy] = SOLVED
+    rate[kind >= no_rare] = RARE
     test = skills if setting.sharing == 0 else rng.integers(0, count, (HELD_OUT, k))
     return np.log(rate / (1 - rate)), skills, test
 
 
 def accuracy(theta: np.ndarray, test: np.ndarray) -> np.ndarray:
     """Exact mean pass rate [S] of prompts with skills `test` [S, N, K] under logits `theta` [S, F]."""
-    return sigmoid(np.take_along_axis(theta, test.reshape(len(test), -1), 1)).reshape(test.shape).prod(2).mean(1)
+    return sigmoid(pick(theta, test)).prod(2).mean(1)
 
 
 def reinforce(rate: np.ndarray, uniforms: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -117,7 +161,8 @@ def reinforce(rate: np.ndarray, uniforms: np.ndarray) -> tuple[np.ndarray, np.nd
     right = came_off.all(3)
     advantage = right - right.mean(2, keepdims=True)
     # d log-prob / d logit is came_off - rate, and the advantages of a group sum to zero
-    return right.sum(2), np.einsum("spg,spgk->spk", advantage, came_off) / right.shape[2]
+    gradient = np.einsum("spg,spgk->spk", advantage, came_off) / right.shape[2]
+    return right.sum(2), gradient
 
 
 def alive(correct: np.ndarray, answers: int) -> np.ndarray:
@@ -126,37 +171,48 @@ def alive(correct: np.ndarray, answers: int) -> np.ndarray:
 
 
 class Policy:
-    """Logits [S, F] of S seeds, and the step that moves them."""
+    """Logits `theta` [S, F] of S seeds, and the step that moves them."""
 
     def __init__(self, setting: Setting, seeds: list[int], salt: int):
         tasks = [make_task(setting, seed) for seed in seeds]
-        self.theta, self.skills, self.test = (np.stack(part) for part in zip(*tasks, strict=True))
+        self.theta = np.stack([start for start, _, _ in tasks])
+        self.skills = np.stack([skills for _, skills, _ in tasks])
+        self.test = np.stack([test for _, _, test in tasks])
         self.rngs = [np.random.default_rng([seed, 1, salt]) for seed in seeds]
         self.rows = np.arange(len(seeds))[:, None]  # [S, 1]
+        self.answers = setting.answers
         # at pass rate one half the expected gradient is p (1 - p) (1 - 1/G); a step is a sum over prompts
         self.rate = setting.visit * 4 / (1 - 1 / setting.answers)
-        self.mix, shape = setting.interference, (*self.theta.shape, FEATURES)
+
+        # interference: random features of each skill, of length one
+        self.mix = setting.interference
         if self.mix:
-            features = np.stack([np.random.default_rng([seed, 2]).standard_normal(shape[1:]) for seed in seeds])
-            self.features = features / np.linalg.norm(features, axis=2, keepdims=True)  # [S, F, features]
-        self.answers, self.adam = setting.answers, setting.optimizer == "adam"
-        self.live = np.zeros(len(seeds))  # [S], groups with a gradient in a batch at the start; 0: they do not matter
+            shape = (self.theta.shape[1], FEATURES)
+            features = np.stack([np.random.default_rng([seed, 2]).standard_normal(shape) for seed in seeds])
+            self.features = features / np.linalg.norm(features, axis=2, keepdims=True)  # [S, F, FEATURES]
+
+        # how many groups of a batch have a gradient at the start [S]; 0: dead groups make a step shorter
         everything = np.broadcast_to(np.arange(setting.prompts), (len(seeds), setting.prompts))
+        self.live = np.zeros(len(seeds))
         if setting.normalise == "live":
-            self.live = alive(self.answer(everything)[0], self.answers) / setting.prompts * setting.prompts_per_step
+            correct, _, _ = self.answer(everything)
+            self.live = alive(correct, self.answers) / setting.prompts * setting.prompts_per_step
+
+        # adam: one scale for all logits, as for a network's shared weights; 1 at the start under uniform sampling
+        self.adam = setting.optimizer == "adam"
         if self.adam:
-            # one scale for all logits, as for a network's shared weights; 1 at the start under uniform sampling
-            gradient = self.answer(everything)[1]
+            _, gradient, _ = self.answer(everything)
             self.usual = (gradient**2).sum(2).mean(1) * setting.prompts_per_step + 1e-12  # [S], of a batch
-            self.square, self.momentum = self.usual.copy(), np.zeros_like(self.theta)
+            self.square = self.usual.copy()
+            self.momentum = np.zeros_like(self.theta)
 
     def answer(self, chosen: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """G answers to prompts `chosen` [S, P]: right ones [S, P], gradient and skills [S, P, K]."""
         skills = self.skills[self.rows, chosen]
         shape = (chosen.shape[1], self.answers, skills.shape[2])
         uniforms = np.stack([rng.random(shape, dtype=np.float32) for rng in self.rngs])
-        rate = sigmoid(np.take_along_axis(self.theta, skills.reshape(len(skills), -1), 1)).reshape(skills.shape)
-        return *reinforce(rate, uniforms), skills
+        correct, gradient = reinforce(sigmoid(pick(self.theta, skills)), uniforms)
+        return correct, gradient, skills
 
     def step(self, chosen: np.ndarray) -> np.ndarray:
         """Answers and one update. How many of the G answers to each prompt are right [S, P]."""
@@ -180,161 +236,210 @@ class Policy:
 
 
 def run(setting: Setting, rule, seeds: list[int], salt: int = 0, until: float = 1.0) -> dict[str, np.ndarray]:
-    """One rule, all seeds side by side; `rule(num_prompts, seed)` makes a sampler. Ends early when the share `until` of
-    what was wrong at the start is right, on average. Returns accuracy [S, points], first of the start, after `cost`
-    rollouts [points]; and by seed [S] the shares of zero-variance groups and of replayed prompts, distinct prompts, and
-    the mean change of a prompt's pass rate since its last visit, where an epoch and where replay brought it back."""
+    """One rule, all seeds side by side; `rule(num_prompts, seed)` makes a sampler.
+
+    It ends early when the share `until` of what was wrong at the start is right, on average over seeds. Returns
+    `accuracy` [S, points], the first that of the start, after `cost` rollouts [points]. By seed [S] it returns the
+    shares of zero-variance groups (`dead`) and of `replayed` prompts, how many `distinct` prompts were seen, and the
+    mean change of a prompt's pass rate since its last visit, where an epoch (`moved_fresh`) and where replay
+    (`moved_replayed`) brought it back.
+    """
     policy = Policy(setting, seeds, salt)
     samplers = [rule(setting.prompts, seed + 100_000 * salt) for seed in seeds]
-    g, shape = setting.answers, (2, len(seeds))
-    curve, cost = [accuracy(policy.theta, policy.test)], [0]
+    curve = [accuracy(policy.theta, policy.test)]
+    cost = [0]
     last = np.full((len(seeds), setting.prompts), np.nan)  # pass rate at the latest visit
-    dead, replayed, moved, moves = np.zeros(shape[1]), np.zeros(shape[1]), np.zeros(shape), np.zeros(shape)
+    dead = np.zeros(len(seeds))
+    replayed = np.zeros(len(seeds))
+    moved = np.zeros((2, len(seeds)))  # sums of changes: of visits by epochs, and by replay
+    moves = np.zeros((2, len(seeds)))  # how many there were
+
     for step in range(1, setting.steps + 1):
-        batches = [sampler.draw(setting.prompts_per_step, step) for sampler in samplers]
-        replays = [sampler.epochs.replays for sampler in samplers]
-        back = np.array([[x in again for x in batch] for batch, again in zip(batches, replays, strict=True)])
-        chosen = np.array(batches)  # [S, P]
+        # each seed's sampler draws; `back` says which prompts replay brought
+        chosen = np.zeros((len(seeds), setting.prompts_per_step), int)
+        back = np.zeros(chosen.shape, bool)
+        for i, sampler in enumerate(samplers):
+            chosen[i] = sampler.draw(setting.prompts_per_step, step)
+            back[i] = np.isin(chosen[i], list(sampler.replays))
+
+        # answers, update, and what the samplers are told
         correct = policy.step(chosen)
-        for sampler, prompts, right in zip(samplers, chosen, correct, strict=True):
-            sampler.observe(prompts, right, np.full(len(prompts), g), step)
-        change = correct / g - last[policy.rows, chosen]
-        last[policy.rows, chosen] = correct / g
+        for i, sampler in enumerate(samplers):
+            sampler.observe(chosen[i], correct[i], np.full(setting.prompts_per_step, setting.answers), step)
+
+        # how far prompts have moved since their last visit
+        change = correct / setting.answers - last[policy.rows, chosen]
+        last[policy.rows, chosen] = correct / setting.answers
         for kind in (0, 1):
             known = (back == kind) & ~np.isnan(change)
             moved[kind] += np.where(known, change, 0).sum(1)
             moves[kind] += known.sum(1)
-        dead += 1 - alive(correct, g) / setting.prompts_per_step
+        dead += 1 - alive(correct, setting.answers) / setting.prompts_per_step
         replayed += back.mean(1)
+
         if step % max(setting.steps // POINTS, 1) == 0:
             curve.append(accuracy(policy.theta, policy.test))
-            cost.append(step * setting.prompts_per_step * g)
+            cost.append(step * setting.prompts_per_step * setting.answers)
             if (curve[-1] - curve[0]).mean() >= until * (1 - curve[0]).mean():
                 break
+
     with np.errstate(invalid="ignore"):
         fresh, again = moved / moves  # nan where nothing came again
     return {
-        "accuracy": np.stack(curve, 1), "cost": np.array(cost), "dead": dead / step, "replayed": replayed / step,
-        "distinct": (~np.isnan(last)).sum(1), "moved_fresh": fresh, "moved_replayed": again,
-    }  # fmt: skip
+        "accuracy": np.stack(curve, 1),
+        "cost": np.array(cost),
+        "dead": dead / step,
+        "replayed": replayed / step,
+        "distinct": (~np.isnan(last)).sum(1),
+        "moved_fresh": fresh,
+        "moved_replayed": again,
+    }
 
 
 def rollouts_to(level: np.ndarray, curve: np.ndarray, cost: np.ndarray) -> np.ndarray:
     """Rollouts after which each seed's accuracy [S, points] first reaches its `level` [S], between points by a straight
     line; infinite for seeds that never do."""
-    above = curve >= level[:, None]
-    at = above.argmax(1)
-    rows, before = np.arange(len(curve)), np.maximum(at - 1, 0)
-    rise = curve[rows, at] - curve[rows, before]
-    part = np.where(at > 0, (level - curve[rows, before]) / np.where(rise > 0, rise, 1), 0)
-    return np.where(above.any(1), cost[before] + part * (cost[at] - cost[before]), np.inf)
+    needed = np.full(len(curve), np.inf)
+    for seed, accuracies in enumerate(curve):
+        above = np.flatnonzero(accuracies >= level[seed])
+        if len(above):
+            first = above[0]
+            before = max(first - 1, 0)
+            rise = accuracies[first] - accuracies[before]
+            part = (level[seed] - accuracies[before]) / rise if rise > 0 else 0
+            needed[seed] = cost[before] + part * (cost[first] - cost[before])
+    return needed
 
 
-def mean(values: np.ndarray) -> dict:
+def mean_and_error(values: np.ndarray) -> dict:
     """Mean over seeds and its standard error."""
     return {"mean": float(values.mean()), "se": float(values.std(ddof=1) / math.sqrt(len(values)))}
 
 
 def against(base: dict, arm: dict) -> dict:
-    """A rule's run against uniform sampling's, seed by seed: rollouts relative to it for a third and for two thirds of
-    what it gains in the run, and differences of the mean and of the last accuracy. Where a seed never gets there, the
-    run's length stands for it, `reached` counts the others, and the mean is a lower bound."""
-    start, gain = base["accuracy"][:, 0], base["accuracy"][:, -1] - base["accuracy"][:, 0]
+    """A rule's run against uniform sampling's, seed by seed.
+
+    `early` and `late`: rollouts relative to it, for a third and for two thirds of what it gains in the run. `area` and
+    `end`: differences of the mean and of the last accuracy. Where a seed never gets there, the run's length stands for
+    it, `reached` counts the others, and the mean is a lower bound.
+    """
+    start = base["accuracy"][:, 0]
+    gain = base["accuracy"][:, -1] - start
     result = {}
     for name, part in (("early", 1 / 3), ("late", 2 / 3)):
         level = start + part * gain
         needed = rollouts_to(level, arm["accuracy"], arm["cost"])
         usual = rollouts_to(level, base["accuracy"], base["cost"])
-        ratio = np.clip(needed, base["cost"][1], base["cost"][-1]) / np.maximum(usual, base["cost"][1])
-        logs = mean(np.log(ratio))
+        shortest = base["cost"][1]
+        ratio = np.clip(needed, shortest, base["cost"][-1]) / np.maximum(usual, shortest)
+        logs = mean_and_error(np.log(ratio))
         factor = math.exp(logs["mean"])
         result[name] = {"mean": factor - 1, "se": factor * logs["se"], "reached": int(np.isfinite(needed).sum())}
     gap = arm["accuracy"] - base["accuracy"]
-    return result | {"area": mean(gap.mean(1)), "end": mean(gap[:, -1])} | {k: float(arm[k].mean()) for k in FIGURES}
+    result["area"] = mean_and_error(gap.mean(1))
+    result["end"] = mean_and_error(gap[:, -1])
+    for name in FIGURES:
+        result[name] = float(arm[name].mean())
+    return result
 
 
-def compare(setting: Setting, rules: list[str], seeds: list[int]) -> dict:
+def compare_rules(setting: Setting, rules: list[str], seeds: list[int]) -> dict:
     """All rules in one setting. The budget: --steps, or as many as take uniform sampling four fifths of the way."""
     pilot = run(setting, Uniform, seeds[:8], until=0.8)
-    least = min(setting.steps, 20)
-    steps = max(int(pilot["cost"][-1]) // (setting.prompts_per_step * setting.answers), least)
-    setting = dataclasses.replace(setting, steps=steps)
+    taken = int(pilot["cost"][-1]) // (setting.prompts_per_step * setting.answers)
+    setting = dataclasses.replace(setting, steps=max(taken, min(setting.steps, 20)))
     base = run(setting, Uniform, seeds)
-    result = {"setting": dataclasses.asdict(setting), "seeds": len(seeds), "rules": {}}
-    result |= {"start": float(base["accuracy"][:, 0].mean()), "end": float(base["accuracy"][:, -1].mean())}
+    found = {}
     for name in rules:
-        arm = base if name == "uniform" else run(setting, RULES[name], seeds, salt=int(name == "placebo"))
-        result["rules"][name] = against(base, arm)
-    return result
+        arm = base
+        if name != "uniform":
+            arm = run(setting, RULES[name], seeds, salt=int(name == "placebo"))
+        found[name] = against(base, arm)
+    start = float(base["accuracy"][:, 0].mean())
+    end = float(base["accuracy"][:, -1].mean())
+    cell = {"setting": dataclasses.asdict(setting), "seeds": len(seeds), "rules": found}
+    return cell | {"start": start, "end": end}
 
 
 # ---------------------------------------------------------------- what comes out
 
+COLUMNS = {
+    "early": "to 1/3 of gain",
+    "late": "to 2/3 of gain",
+    "area": "mean accuracy",
+    "end": "last accuracy",
+    "dead": "zero variance",
+    "replayed": "replayed",
+    "moved_fresh": "moved, epochs",
+    "moved_replayed": "moved, replay",
+}
 
-def shown(value: dict, seeds: int, scale: float = 100) -> str:
-    few = "" if value.get("reached", seeds) == seeds else ">"
-    return f"{few}{scale * value['mean']:+.1f} ±{scale * value['se']:.1f}".rjust(15)
+
+def shown(name: str, value, seeds: int) -> str:
+    """One figure of a rule, 15 characters wide."""
+    if name in ("dead", "replayed"):
+        text = f"{value:.2f}"
+    elif name.startswith("moved"):
+        text = "-" if math.isnan(value) else f"{value:+.3f}"
+    else:
+        bound = ">" if value.get("reached", seeds) < seeds else ""
+        text = f"{bound}{100 * value['mean']:+.1f} ±{100 * value['se']:.1f}"
+    return text.rjust(15)
 
 
-def table(result: dict) -> str:
-    cell, n = result["setting"], result["seeds"]
-    lines = [", ".join(f"{name.replace('_', ' ')} {value}" for name, value in cell.items())]
-    rollouts = cell["steps"] * cell["prompts_per_step"] * cell["answers"]
-    lines += [f"uniform sampling: accuracy {result['start']:.3f} to {result['end']:.3f} in {rollouts:,} rollouts"]
-    lines += [f"against it, standard errors over {n} matched seeds; rollouts in %, accuracy in points; > a lower bound"]
-    lines += ["", f"{'':12}" + "".join(
-        text.rjust(15) for text in ("to 1/3 of gain", "to 2/3 of gain", "mean accuracy", "last accuracy",
-                                    "zero variance", "replayed", "moved, epochs", "moved, replay"))]  # fmt: skip
-    for name, row in result["rules"].items():
-        parts = [shown(row[key], n) for key in ("early", "late", "area", "end")]
-        parts += [f"{row[key]:15.2f}" for key in ("dead", "replayed")]
-        parts += [("-" if math.isnan(row[k]) else f"{row[k]:+.3f}").rjust(15) for k in FIGURES if k.startswith("moved")]
-        lines.append(f"{name:12}" + "".join(parts))
+def cell_table(cell: dict) -> str:
+    setting = cell["setting"]
+    rollouts = setting["steps"] * setting["prompts_per_step"] * setting["answers"]
+    lines = [
+        ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in setting.items()),
+        f"uniform sampling: accuracy {cell['start']:.3f} to {cell['end']:.3f} in {rollouts:,} rollouts",
+        f"against it, standard errors over {cell['seeds']} matched seeds; rollouts in %, accuracy in points; "
+        "> a lower bound",
+        "",
+        f"{'':12}" + "".join(text.rjust(15) for text in COLUMNS.values()),
+    ]
+    for rule, row in cell["rules"].items():
+        lines.append(f"{rule:12}" + "".join(shown(name, row[name], cell["seeds"]) for name in COLUMNS))
     return "\n".join(lines)
 
 
 def draw_map(setting: Setting, rules: list[str], seeds: list[int], path: Path, grid=None, command: str = "") -> Path:
-    """Rules over (step per visit x sharing), without and with interference; numbers beside the figure, in a .json."""
+    """Rules over (step per visit x sharing): a figure of the first four for each interference, the first of them at
+    `path`, and the numbers of all rules beside it in a .json."""
     visits, sharings, interferences = grid or (VISITS, SHARINGS, INTERFERENCES)
     cells = []
     for interference, sharing, visit in itertools.product(interferences, sharings, visits):
         cell = dataclasses.replace(setting, visit=visit, sharing=sharing, interference=interference)
-        cells.append(compare(cell, rules, seeds))
+        cells.append(compare_rules(cell, rules, seeds))
         print(f"{len(cells)}: visit {visit}, sharing {sharing}, interference {interference}", file=sys.stderr)
+
+    # one cell a line, so that two maps can be compared line by line
     path.parent.mkdir(parents=True, exist_ok=True)
-    head = json.dumps({"command": command, "commit": stats.commit()})[1:-1]
-    text = ",\n".join(json.dumps(stats.rounded(cell)) for cell in cells)
-    path.with_suffix(".json").write_text(f'{{{head}, "cells": [\n{text}\n]}}\n')
-    return plot.regimes(cells, path)
+    head = json.dumps({"command": command, "commit": log.commit()})[1:-1]
+    lines = ",\n".join(json.dumps(stats.rounded(cell)) for cell in cells)
+    path.with_suffix(".json").write_text(f'{{{head}, "cells": [\n{lines}\n]}}\n')
+
+    for interference in interferences:
+        own = path
+        if interference != interferences[0]:
+            own = path.with_name(f"{path.stem}-interference-{interference:g}{path.suffix}")
+        figures.regimes(cells, own, rules, interference)
+    return path
 
 
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
-    parser.error = fail
-    comments = comments_of(Setting)
-    for field in dataclasses.fields(Setting):
-        choices = get_args(field.type) or None
-        parser.add_argument(
-            "--" + field.name.replace("_", "-"), type=str if choices else field.type, default=field.default,
-            choices=choices, help=f"{comments[field.name]} ({field.default})",
-        )  # fmt: skip
-    usual = [name for name in RULES if name != "placebo"]
-    parser.add_argument("--rules", nargs="+", choices=RULES, default=usual, metavar="RULE", help=", ".join(RULES))
-    parser.add_argument("--seeds", type=int, default=16, help="matched seeds (16)")
-    parser.add_argument("--first-seed", type=int, default=0, help="the first of them; rules were chosen on 0 to 11 (0)")
-    parser.add_argument("--map", nargs="?", type=Path, const=OUT / "map.png", metavar="FILE.png",
-                        help="draw the map; its numbers go beside it (out/map.png)")  # fmt: skip
-    args = vars(parser.parse_args(argv))
-    rules, path, first = args.pop("rules"), args.pop("map"), args.pop("first_seed")
-    seeds = list(range(first, first + args.pop("seeds")))
+    command = "python -m lab.simulate " + shlex.join(argv)
+    argv = with_value(argv, "map", str(OUT / "map.png"))  # --map alone
+    flags, _ = parse(Flags, argv, __doc__)
     try:
-        setting = Setting(**args)
-        if len(seeds) < 2:
-            raise ValueError(f"--seeds must be at least 2, for a standard error, got {len(seeds)}")
-        command = "python simulate.py " + shlex.join(argv)
-        print(draw_map(setting, rules, seeds, path, command=command) if path else table(compare(setting, rules, seeds)))
+        check(flags)
+        setting = Setting(**{field.name: getattr(flags, field.name) for field in dataclasses.fields(Setting)})
+        rules = list(flags.rules)
+        seeds = list(range(flags.first_seed, flags.first_seed + flags.seeds))
+        if flags.map:
+            print(draw_map(setting, rules, seeds, Path(flags.map), command=command))
+        else:
+            print(cell_table(compare_rules(setting, rules, seeds)))
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

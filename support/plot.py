@@ -1,6 +1,6 @@
-"""Figures of a run, from its metrics.jsonl alone.
+"""Figures of a run, from its metrics.jsonl alone, and the colours and labels that all figures share.
 
-python plot.py out/RUN        writes out/RUN/curves.png
+python -m support.plot out/RUN        writes out/RUN/curves.png
 """
 
 import json
@@ -8,6 +8,60 @@ import sys
 from pathlib import Path
 
 BLUE, ORANGE, GREY, GREEN = "#2a6f97", "#e07a1f", "#8d99ae", "#3a7d44"
+
+# The colour and the label of a method are the same in every figure and table of the project.
+COLOURS = {
+    "none": "#222222",
+    "uniform": "#222222",
+    "prompt": "#0072b2",
+    "prioritized": "#d55e00",
+    "rollout": "#009e73",
+    "group": "#c0508f",
+    "popo": "#c0508f",
+    "group-kl": "#882255",
+    "group-oldest": "#cc99bb",
+    "adaptive": "#e0a000",
+    "dapo": "#56b4e9",
+    "greso": "#8c6d31",
+    "twice": "#7f7f7f",
+    "fifo": "#5fc9a8",
+    "fresh": "#b8b8b8",
+    "rare": "#332288",
+    "cautious": "#88ccee",
+}
+SPARE = ("#117733", "#aa4499", "#6699cc", "#999933", "#661100")  # for arms that a user has named
+LABELS = {
+    "none": "plain GRPO",
+    "uniform": "uniform",
+    "prompt": "Prompt Replay",
+    "prioritized": "Prioritized Replay",
+    "rollout": "rollout-level",
+    "group": "POPO",
+    "popo": "POPO",
+    "group-kl": "POPO, least drift first",
+    "group-oldest": "POPO, oldest first",
+    "adaptive": "adaptive (ours)",
+    "dapo": "DAPO",
+    "greso": "GRESO",
+}
+
+
+def colours_of(methods: list[str]) -> dict[str, str]:
+    """A colour for each method; unknown ones take the spare colours in turn."""
+    colours = {}
+    unknown = 0
+    for method in methods:
+        if method in COLOURS:
+            colours[method] = COLOURS[method]
+        else:
+            colours[method] = SPARE[unknown % len(SPARE)]
+            unknown += 1
+    return colours
+
+
+def label_of(method: str) -> str:
+    """The paper's name of a method, or of several joined by +; an arm that a user has named keeps that name."""
+    return " + ".join(LABELS.get(part, part) for part in method.split("+"))
 
 
 def read(path: Path) -> list[dict]:
@@ -135,100 +189,6 @@ def curves(folder: Path) -> Path:
     return save(figure, folder / "curves.png")
 
 
-def bands(axis, runs: list[dict], methods: list[str], cost: str) -> None:
-    """Held-out accuracy over `cost`: mean over seeds with its 95 % band (compare.py's runs)."""
-    import numpy as np
-
-    from support import stats
-
-    for i, method in enumerate(methods):
-        arm = [run["points"] for run in runs if run["method"] == method]
-        grid = np.linspace(0, min(points[-1][cost] for points in arm), 60)
-        curves = np.array(
-            [np.interp(grid, [p[cost] for p in points], [p["accuracy"] for p in points]) for points in arm]
-        )
-        mean, colour = curves.mean(0), "#222222" if i == 0 else f"C{i - 1}"
-        axis.plot(grid, mean, color=colour, linewidth=2 if i == 0 else 1.4, label=f"{method} (n={len(arm)})")
-        if len(arm) > 1:
-            half = stats.t_quantile(len(arm) - 1) * curves.std(0, ddof=1) / len(arm) ** 0.5
-            axis.fill_between(grid, mean - half, mean + half, color=colour, alpha=0.15, linewidth=0)
-    axis.set(xlim=(0, None))
-    axis.spines[["top", "right"]].set_visible(False)
-
-
-def comparison(runs: list[dict], methods: list[str], path: Path) -> Path:
-    """Accuracy over rollouts, and over seconds."""
-    figure, axes = pyplot().subplots(1, 2, figsize=(10.5, 4.2), layout="constrained", sharey=True)
-    for axis, cost, label in zip(axes, ("rollouts", "seconds"), ("rollouts", "seconds in steps"), strict=True):
-        bands(axis, runs, methods, cost)
-        axis.set(xlabel=label)
-    axes[0].set(ylabel="held-out accuracy")
-    axes[0].legend(frameon=False, fontsize=8)
-    return save(figure, path)
-
-
-def forest(results: dict[str, dict], methods: list[str], path: Path) -> Path:
-    """Differences to the baseline at equal rollouts in points, with 95 % intervals: a panel for each learning rate, a
-    row for each method (compare.py's tables). Grey where Holm's p is not below 0.05."""
-    size = (1.5 + 2.4 * len(results), 1.1 + 0.28 * len(methods))
-    figure, axes = pyplot().subplots(1, len(results), figsize=size, layout="constrained", sharey=True)
-    for axis, (title, result) in zip(axes, results.items(), strict=True):
-        base = result["methods"][methods[0]]["accuracy"]["rollouts"]
-        axis.axvline(0, color="#bbbbbb", linewidth=1, zorder=0)
-        for i, method in enumerate(methods[1:]):
-            test = result["methods"][method]["difference"]["rollouts"]
-            mean, low, high = (100 * test[key] for key in ("mean", "low", "high"))
-            colour = GREY if test["p_holm"] >= 0.05 else BLUE if mean > 0 else ORANGE
-            if abs(mean) > 9:  # off the scale that suits the others
-                axis.text(9.8 if mean > 0 else -9.8, i, f"{mean:+.0f}", color=colour, ha="center", va="center")
-                continue
-            axis.errorbar(mean, i, xerr=[[mean - low], [high - mean]], fmt="o", color=colour, markersize=4, capsize=2)
-        axis.set_title(f"{title}\n{methods[0]}: {100 * base:.1f} %", fontsize=9)
-        axis.set(xlim=(-11, 11), ylim=(len(methods) - 1.5, -0.5))
-        axis.set_yticks(range(len(methods) - 1), methods[1:], fontsize=9)
-        axis.tick_params(axis="y", length=0)
-        axis.spines[["top", "right", "left"]].set_visible(False)
-    figure.supxlabel(f"points of accuracy against {methods[0]}, at equal rollouts", fontsize=9)
-    return save(figure, path)
-
-
-def regimes(cells: list[dict], path: Path) -> Path:
-    """Rollouts to two thirds of uniform sampling's gain, relative to it, over (step per visit x sharing): one column of
-    panels for each rule, one row for each interference (simulate.py's cells). Grey: less than two standard errors."""
-    from matplotlib.colors import LinearSegmentedColormap
-
-    rules = list(cells[0]["rules"])
-    visits, sharings, rows = (
-        sorted({cell["setting"][key] for cell in cells}) for key in ("visit", "sharing", "interference")
-    )
-    size = (1 + 0.62 * len(visits) * len(rules), 1.2 + 0.52 * len(sharings) * len(rows))
-    figure, axes = pyplot().subplots(len(rows), len(rules), figsize=size, layout="constrained", squeeze=False)
-    colours = LinearSegmentedColormap.from_list("", [BLUE, "white", ORANGE])
-    for cell in cells:
-        setting = cell["setting"]
-        at = visits.index(setting["visit"]), sharings.index(setting["sharing"])
-        for rule, axis in zip(rules, axes[rows.index(setting["interference"])], strict=True):
-            value = cell["rules"][rule]["late"]
-            bound, clear = value["reached"] < cell["seeds"], abs(value["mean"]) > 2 * value["se"]
-            shade = colours(0.5 + max(-0.5, min(0.5, value["mean"]))) if clear or bound else "#eeeeee"
-            axis.add_patch(pyplot().Rectangle((at[0] - 0.5, at[1] - 0.5), 1, 1, facecolor=shade, edgecolor="white"))
-            text = f"{'>' if bound else ''}{100 * value['mean']:+.0f}"
-            axis.text(*at, text, ha="center", va="center", fontsize=8, color="black" if clear or bound else "#888888")
-    for i, row in enumerate(axes):
-        for rule, axis in zip(rules, row, strict=True):
-            axis.set(xlim=(-0.5, len(visits) - 0.5), ylim=(-0.5, len(sharings) - 0.5), title="" if i else rule)
-            axis.set_xticks(range(len(visits)), [f"{v:g}" for v in visits], fontsize=8)
-            axis.set_yticks(range(len(sharings)), [f"{v:g}" for v in sharings] if rule == rules[0] else [], fontsize=8)
-            axis.tick_params(length=0)
-            axis.spines[:].set_visible(False)
-        row[0].set_ylabel(f"interference {rows[i]:g}\nsharing")
-    figure.supxlabel("step per visit (logits)", fontsize=10)
-    figure.suptitle(
-        "rollouts to two thirds of uniform sampling's gain, % more or fewer than uniform sampling needs", fontsize=11
-    )
-    return save(figure, path)
-
-
 if __name__ == "__main__":
     try:
         if not sys.argv[1:]:
@@ -236,5 +196,5 @@ if __name__ == "__main__":
         for name in sys.argv[1:]:
             print(curves(Path(name)))
     except (OSError, ValueError, KeyError) as error:
-        print(f"error: {error}; give folders of runs, python plot.py out/RUN", file=sys.stderr)
+        print(f"error: {error}; give folders of runs: python -m support.plot out/RUN", file=sys.stderr)
         sys.exit(2)

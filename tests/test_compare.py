@@ -4,19 +4,30 @@ import json
 import math
 import shlex
 
+import pandas as pd
 import pytest
 
-from lab import compare
+from lab import compare, figures
 from support import plot, stats
+
+HELD_OUT = {"measure": "held-out accuracy"}
 
 
 def run_of(method: str, seed: int, accuracies: list[float], rollouts: int = 100) -> dict:
-    points = [
+    rows = [
         {"accuracy": a, "rollouts": rollouts * i, "tokens": 10 * rollouts * i, "optimizer_steps": i, "seconds": 0.5 * i}
         for i, a in enumerate(accuracies)
     ]
     health = {"zero_variance": 0.5, "mean_abs_advantage": 0.2, "replayed": 0.0, "distinct_prompts": 10}
-    return {"method": method, "seed": seed, "points": points, "health": health, "commit": ""}
+    return {
+        "method": method,
+        "seed": seed,
+        "points": pd.DataFrame(rows),
+        "health": health,
+        "commit": "",
+        "config": {"replay": method, "seed": seed},
+        "load": None,
+    }
 
 
 def test_accuracy_at_a_cost_is_the_mean_over_its_last_fifth():
@@ -53,7 +64,7 @@ def test_runs_that_cannot_be_paired_are_refused():
 
 def test_one_seed_has_no_interval():
     runs = [run_of("none", 0, [0.1, 0.2]), run_of("prompt", 0, [0.1, 0.3])]
-    text = compare.table(compare.analyse(runs, ["none", "prompt"]))
+    text = figures.results_table(compare.analyse(runs, ["none", "prompt"]) | HELD_OUT)
     assert "+9.0 (one seed)" in text
     widths = [line.count("|") for line in text.splitlines() if line.startswith("|")]
     assert widths[:4] == [widths[0]] * 4 and widths[4:] == [5] * 4  # no level was reached: no column for one
@@ -87,8 +98,94 @@ def test_a_better_method_is_found_and_an_equal_one_is_not():
     assert equal["difference"]["rollouts"]["low"] < 0 < equal["difference"]["rollouts"]["high"]
     assert costly["difference"]["rollouts"]["mean"] < -0.1 and costly["difference"]["optimizer_steps"]["mean"] == 0
     assert math.exp(costly["reach"]["0.4"]["mean"]) == pytest.approx(2)
-    text = compare.table(result)
+    text = figures.results_table(result | HELD_OUT)
     assert "| better | 6 |" in text and "*" in text and "+100%" in text
+
+
+def test_arms_share_the_objective_of_the_first_unless_they_say_otherwise(capsys):
+    """The papers' presets bring another advantage and other clips; the comparison takes them back."""
+    arms = {
+        "none": ["--replay", "none"],
+        "group": ["--replay", "group"],
+        "own": ["--replay", "group", "--clip-high", "0.3"],
+    }
+    shared = compare.equal_objective(arms, ["--dual-clip", "5"])
+    assert "one objective for all arms, that of none: advantage centred, clip_high 0.272, dual_clip 5.0" in (
+        capsys.readouterr().out
+    )
+    preset, _ = compare.settings_of(arms["group"])
+    assert (preset.advantage, preset.clip_high, preset.dual_clip) == ("std", 0.28, 10.0)
+    group, _ = compare.settings_of([*shared, *arms["group"]])
+    assert (group.advantage, group.clip_high, group.dual_clip) == ("centred", 0.272, 5.0)
+    own, _ = compare.settings_of([*shared, *arms["own"]])
+    assert (own.advantage, own.clip_high) == ("centred", 0.3)
+
+
+def test_every_setting_in_which_arms_differ_stands_under_the_table():
+    runs = [run_of(method, seed, [0.1, 0.2]) for seed in (0, 1) for method in ("none", "prompt")]
+    for run in runs:
+        run["config"] |= {
+            "lr": 1e-4,
+            "mask_truncated": run["method"] == "prompt",
+            "out": f"{run['method']}{run['seed']}",
+        }
+    methods = ["none", "prompt"]
+    found = compare.differing_settings(runs, methods)
+    assert found["mask_truncated"] == {"none": "False", "prompt": "True"} and set(found) == {"mask_truncated", "replay"}
+    result = compare.analyse(runs, methods) | HELD_OUT | {"differences": found}
+    assert figures.differences_list(result).endswith("- `mask_truncated`: False; Prompt Replay True")
+    runs[0]["config"]["lr"] = 2e-4  # runs of one arm differ
+    assert compare.differing_settings(runs, methods)["lr"]["none"] == "0.0001/0.0002"
+
+
+def test_without_sharing_the_tables_speak_of_training_prompts():
+    runs = [run_of("none", 0, [0.1, 0.2])]
+    assert compare.measure_of(runs) == "held-out accuracy"
+    runs[0]["config"]["sharing"] = "none"
+    result = compare.analyse(runs, ["none"]) | {"measure": compare.measure_of(runs)}
+    assert figures.results_table(result).startswith("Accuracy on the training prompts in points")
+    assert "| seeds | accuracy on the training prompts |" in figures.results_table(result)
+    runs[0]["config"]["model"] = "of/another"  # the knob is the embedded task's
+    assert compare.measure_of(runs) == "held-out accuracy"
+
+
+def test_equal_seconds_come_with_the_machines_load():
+    runs = [run_of("none", seed, [0.1, 0.2]) for seed in (0, 1)]
+    assert "is not known" in figures.load_line(compare.load_of(runs))
+    runs[0]["load"], runs[1]["load"] = {"start": 1.0, "end": 2.0}, {"start": 2.0, "end": 4.0}
+    assert "load was 1.5 when a run began and 3.0 when it ended" in figures.load_line(compare.load_of(runs))
+
+
+@pytest.mark.parametrize(("seeds", "lines", "bands"), [(3, 3, 0), (4, 1, 1)])
+def test_of_few_seeds_the_figure_shows_the_runs(seeds, lines, bands):
+    curve = compare.curve([run_of("none", seed, [0.1, 0.2 + 0.1 * seed]) for seed in range(seeds)], "rollouts")
+    _, axes = figures.new_figure(1, 1, (3, 3))
+    figures.draw_curve(axes[0, 0], curve, "#222222", "plain GRPO")
+    assert (len(axes[0, 0].lines), len(axes[0, 0].collections)) == (lines, bands)
+    plot.pyplot().close()
+
+
+def test_the_documentation_shows_the_shipped_results():
+    made = figures.tables()
+    for name, text in made.items():
+        assert (figures.DOCS / "tables" / f"{name}.md").read_text() == text + "\n", "run python -m lab.figures"
+    for page in (figures.ROOT / "README.md", *figures.DOCS.glob("*.md")):
+        text = page.read_text()
+        assert figures.filled(text, made) == text, f"{page} is out of date; run python -m lab.figures"
+
+
+def test_a_table_is_filled_in_between_its_marks_and_an_unknown_one_is_refused():
+    page = "before\n<!-- table: a -->\nold\nolder\n<!-- end of table -->\nafter"
+    assert figures.filled(page, {"a": "| new |"}) == page.replace("old\nolder", "| new |")
+    assert figures.filled(page.replace("old\nolder\n", ""), {"a": "| new |"}) == page.replace("old\nolder", "| new |")
+    with pytest.raises(ValueError, match="no table called a; choose from b"):
+        figures.filled(page, {"b": ""})
+
+
+def test_all_figures_of_the_documentation_are_made_from_shipped_results(tmp_path):
+    paths = figures.figures(tmp_path)
+    assert [path.name for path in paths] == ["none.png", "digits.png", "map.png", "map-interference.png"]
+    assert all(path.stat().st_size > 10_000 for path in paths)
 
 
 def test_a_torn_run_is_one_line(tmp_path, capsys):
@@ -136,7 +233,7 @@ def test_the_whole_command_and_again_without_running(tmp_path, capsys):
     assert "holds a run with --" in capsys.readouterr().err
     folders = [str(p.parent) for p in before if not p.parent.name.startswith("fifo")]
     assert compare.main([*folders, "--out", str(tmp_path / "again")]) == 0
-    assert "| prompt | 2 |" in capsys.readouterr().out
+    assert "| Prompt Replay | 2 |" in capsys.readouterr().out
 
 
 def test_each_method_is_judged_at_the_rate_that_was_best_on_the_other_half():
@@ -149,9 +246,9 @@ def test_each_method_is_judged_at_the_rate_that_was_best_on_the_other_half():
             runs += [run_of(method, seed, [0.2, 0.6 if good[method] else 0.4]) for method in good]
         return runs
 
-    chosen, rates = compare.tuned({"a": at("a"), "b": at("b")}, ["none", "fickle"])
+    chosen, rates = compare.choose_rates({"a": at("a"), "b": at("b")}, ["none", "fickle"])
     assert rates == {"none": ["a", "a"], "fickle": ["a", "b"]} and len(chosen) == 12
-    last = {(run["method"], run["seed"]): run["points"][-1]["accuracy"] for run in chosen}
+    last = {(run["method"], run["seed"]): run["points"]["accuracy"].iloc[-1] for run in chosen}
     assert {last["none", seed] for seed in range(6)} == {0.6} and {last["fickle", seed] for seed in range(6)} == {0.4}
 
 

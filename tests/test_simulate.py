@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 
 from lab import simulate
-from lab.simulate import Policy, Setting, against, compare, make_task, reinforce, rollouts_to, run
-from replay import GRESO, Prioritized, PromptReplay, Uniform
+from lab.simulate import Policy, Setting, against, compare_rules, make_task, reinforce, rollouts_to, run
+from lab.rules import GRESO
+from replay import Prioritized, PromptReplay, Uniform
 
 SMALL = {"prompts": 60, "prompts_per_step": 4, "steps": 40}
 
@@ -132,7 +133,7 @@ def test_the_samplers_are_those_of_training_with_their_papers_constants():
     made = {name: rule(100, 7) for name, rule in simulate.RULES.items()}
     assert [type(made[name]) for name in ("prompt", "prioritized", "greso")] == [PromptReplay, Prioritized, GRESO]
     assert (made["prompt"].band, made["prompt"].share, made["prompt"].cooldown) == ((0.25, 0.75), 0.75, 10)
-    assert (made["prompt"].epochs.order == made["uniform"].epochs.order).all()
+    assert (made["prompt"].order == made["uniform"].order).all()
 
 
 def test_rollouts_to_a_level():
@@ -154,13 +155,13 @@ def test_against_uniform_itself_is_nothing_and_a_faster_curve_is_fewer_rollouts(
 
 def test_replay_pays_at_a_small_step_per_visit_and_its_gain_goes_at_a_large_one():
     """The map's main finding, small: significant at the left end of it, and gone or turned over at the right."""
-    small = compare(Setting(visit=0.14, steps=200), ["prompt", "adaptive", "placebo"], list(range(6)))["rules"]
-    large = compare(Setting(visit=4.0, steps=400), ["prompt", "adaptive"], list(range(6)))["rules"]
+    small = compare_rules(Setting(visit=0.14, steps=200), ["prompt", "adaptive", "placebo"], list(range(6)))["rules"]
+    large = compare_rules(Setting(visit=4.0, steps=400), ["prompt", "adaptive"], list(range(6)))["rules"]
     assert small["prompt"]["late"]["mean"] < -0.2 and small["prompt"]["area"]["mean"] > 0.003
     assert abs(small["placebo"]["late"]["mean"]) < 0.1
     assert large["prompt"]["late"]["mean"] > -0.1
     assert small["adaptive"]["late"]["mean"] < -0.15 and large["adaptive"]["late"]["mean"] < -0.05
-    longer = compare(Setting(visit=0.14, steps=200, normalise="batch"), ["prompt"], list(range(6)))["rules"]
+    longer = compare_rules(Setting(visit=0.14, steps=200, normalise="batch"), ["prompt"], list(range(6)))["rules"]
     assert longer["prompt"]["late"]["mean"] < small["prompt"]["late"]["mean"] - 0.1  # half of it would be longer steps
     for cell in (small, large):  # whichever way it went
         assert cell["prompt"]["dead"] < 0.75 and cell["prompt"]["moved_replayed"] > cell["prompt"]["moved_fresh"]

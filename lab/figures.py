@@ -1,0 +1,421 @@
+"""Figures and tables from results alone: of a comparison or a map just made, and of the documentation.
+
+    python -m lab.figures     makes docs/figures/*.png, and the tables of README.md and docs/, anew in seconds
+
+The documentation's numbers are those of lab/results/. Every table is written to docs/tables/NAME.md. A page shows one
+by the two lines below, and what stands between them is replaced:
+
+    <!-- table: none -->
+    <!-- end of table -->
+
+So a page stays in sync by running this again; a test fails where a table or a page is out of date.
+"""
+
+import json
+import math
+import re
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from support import plot, stats
+from support.config import ROOT, parse
+
+COSTS = {"rollouts": "rollouts", "tokens": "sampled tokens", "optimizer_steps": "optimiser steps", "seconds": "seconds"}
+BAND_FROM = 4  # seeds; of fewer the figure draws the runs themselves
+PANELS = 4  # a figure has no more
+SCALE = 10  # points of accuracy; the forest writes larger differences as a number
+RESULTS = ROOT / "lab" / "results"
+DOCS = ROOT / "docs"
+
+
+# ---------------------------------------------------------------- tables
+
+
+def measure_of(result: dict) -> str:
+    """What `accuracy` means in `result`. Where no prompt teaches another, none is held out that could be learnt."""
+    if "measure" in result:
+        return result["measure"]
+    return "accuracy on the training prompts" if "--sharing none" in result["command"] else "held-out accuracy"
+
+
+def markdown(columns: list[str], rows: list[list[str]]) -> str:
+    lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
+    lines += [f"| {' | '.join(row)} |" for row in rows]
+    return "\n".join(lines)
+
+
+def points_of(test: dict) -> str:
+    """A difference in points of per cent with its interval, and a star where Holm's p is below 0.05."""
+    mean = f"{100 * test['mean']:+.1f}"
+    if test["n"] < 2:
+        return f"{mean} (one seed)"
+    star = "*" if test.get("p_holm", 1) < 0.05 else ""
+    return f"{mean} ({100 * test['low']:+.1f} to {100 * test['high']:+.1f}){star}"
+
+
+def results_table(result: dict) -> str:
+    """Everything about one comparison, in Markdown: accuracy, cost of an accuracy, settings that differ, load."""
+    parts = [accuracy_table(result), reach_table(result)]
+    if "differences" in result:
+        parts.append(differences_list(result))
+    if "load" in result:
+        parts.append(load_line(result["load"]))
+    return "\n\n".join(parts)
+
+
+def accuracy_table(result: dict) -> str:
+    base = result["baseline"]
+    budgets = result["methods"][base]["budgets"]
+    spent = ", ".join(f"{budgets[cost]:,.0f} {name}" for cost, name in COSTS.items())
+    what = measure_of(result)
+    columns = ["method", "seeds", what, *(f"at equal {name}" for name in COSTS.values()), "mean on the way"]
+    rows = []
+    for method, entry in result["methods"].items():
+        row = [plot.label_of(method), str(entry["seeds"]), f"{100 * entry['accuracy']['rollouts']:.1f}"]
+        if method == base:
+            row += [""] * (len(COSTS) + 1)
+        else:
+            row += [points_of(entry["difference"][cost]) for cost in COSTS]
+            row.append(points_of(entry["area"]["rollouts"]))
+        rows.append(row)
+    head = (
+        f"{what[0].upper()}{what[1:]} in points against {plot.label_of(base)}, paired by seed, 95 % intervals, "
+        f"* Holm-corrected p < 0.05, at the most that both spent ({plot.label_of(base)}: {spent})."
+    )
+    return f"{head}\n\n{markdown(columns, rows)}"
+
+
+def reach_table(result: dict) -> str:
+    """Rollouts to reach levels of accuracy, for the levels that some method reached with two seeds, and health."""
+    base = result["baseline"]
+    entries = result["methods"]
+    levels = [x for x in entries[base]["reach"] if any(e["reach"][x]["both"] > 1 for e in entries.values())]
+    columns = ["method", *(f"{float(x):.0%}" for x in levels), "dead groups", "mean abs adv", "distinct prompts"]
+    rows = []
+    for method, entry in entries.items():
+        row = [plot.label_of(method)]
+        for level in levels:
+            reach = entry["reach"][level]
+            if method == base or reach["both"] < 2:
+                row.append("")
+                continue
+            mean = 100 * math.expm1(reach["mean"])
+            low = 100 * math.expm1(reach["low"])
+            high = 100 * math.expm1(reach["high"])
+            row.append(f"{mean:+.0f}% ({low:+.0f} to {high:+.0f}; {reach['both']})")
+        health = entry["health"]
+        row += [f"{health['zero_variance']:.3f}", f"{health['mean_abs_advantage']:.3f}"]
+        row.append(f"{health['distinct_prompts']:.0f}")
+        rows.append(row)
+    head = f"Rollouts to reach an accuracy, relative to {plot.label_of(base)} (pairs that both reached it), and health:"
+    return f"{head}\n\n{markdown(columns, rows)}"
+
+
+def differences_list(result: dict) -> str:
+    """Every setting in which the arms differ, the baseline's value first; not that a method is itself."""
+    base = result["baseline"]
+    lines = []
+    for name, values in result["differences"].items():
+        others = []
+        for method, value in values.items():
+            if value not in (values[base], method):
+                others.append(f"{plot.label_of(method)} {value}")
+        if others or "/" in values[base]:
+            lines.append(f"- `{name}`: {'; '.join([values[base], *others])}")
+    if not lines:
+        return "The arms differ in no setting but the method."
+    return "\n".join([f"Settings in which the arms differ, {plot.label_of(base)} first:", "", *lines])
+
+
+def load_line(load: dict) -> str:
+    if load["runs"] == 0:
+        return "Equal seconds: the load of the machine during these runs is not known."
+    return (
+        f"Equal seconds: the machine's load was {load['start']:.1f} when a run began and {load['end']:.1f} when it "
+        f"ended, on {load['cores']} cores (one-minute load averages, means over {load['runs']} runs)."
+    )
+
+
+def overview_table(results: dict[str, dict], cost: str = "rollouts") -> str:
+    """The baseline's accuracy and differences to it at equal `cost`, a column for each learning rate."""
+    first = next(iter(results.values()))
+    rows = []
+    for method in first["methods"]:
+        row = [plot.label_of(method)]
+        for result in results.values():
+            entry = result["methods"][method]
+            if method == result["baseline"]:
+                row.append(f"{100 * entry['accuracy'][cost]:.1f}")
+            else:
+                row.append(points_of(entry["difference"][cost]))
+        rows.append(row)
+    head = (
+        f"{plot.label_of(first['baseline'])}: {measure_of(first)} in per cent; others: points against it at equal "
+        f"{COSTS[cost]}, 95 % intervals, * Holm-corrected p < 0.05."
+    )
+    return f"{head}\n\n{markdown(['method', *results], rows)}"
+
+
+def map_table(cells: list[dict]) -> str:
+    """Every cell of the map with every rule."""
+    rules = list(cells[0]["rules"])
+    rows = []
+    for cell in cells:
+        setting = cell["setting"]
+        row = [f"{setting[name]:g}" for name in ("interference", "sharing", "visit")]
+        for rule in rules:
+            late = cell["rules"][rule]["late"]
+            row.append(f"{bound_sign(cell, rule)}{100 * late['mean']:+.0f} ± {100 * late['se']:.0f}")
+        rows.append(row)
+    head = (
+        "Rollouts to two thirds of uniform sampling's gain, in % more or fewer than uniform sampling needs, with "
+        f"standard errors over {cells[0]['seeds']} matched seeds; > a lower bound, as some seed never got there."
+    )
+    columns = ["interference", "sharing", "step per visit", *(plot.label_of(rule) for rule in rules)]
+    return f"{head}\n\n{markdown(columns, rows)}"
+
+
+def bound_sign(cell: dict, rule: str) -> str:
+    return ">" if cell["rules"][rule]["late"]["reached"] < cell["seeds"] else ""
+
+
+# ---------------------------------------------------------------- figures
+
+
+def new_figure(rows: int, columns: int, size: tuple[float, float], **more):
+    """Letters of a size that stays readable where a page shows the figure at half its width."""
+    pyplot = plot.pyplot()
+    pyplot.rcParams.update({"font.size": 12, "axes.titlesize": 12})
+    return pyplot.subplots(rows, columns, figsize=size, layout="constrained", squeeze=False, **more)
+
+
+def tidy(axis, *sides: str) -> None:
+    axis.spines[["top", "right", *sides]].set_visible(False)
+
+
+def comparison(result: dict, path: Path) -> Path:
+    """Accuracy over rollouts and over seconds. With four seeds or more: the mean and its 95 % band; else the runs."""
+    figure, axes = new_figure(1, 2, (10, 5.2), sharey=True)
+    colours = plot.colours_of(list(result["methods"]))
+    for axis, cost in zip(axes[0], ("rollouts", "seconds"), strict=True):
+        for method, entry in result["methods"].items():
+            draw_curve(axis, entry["curves"][cost], colours[method], f"{plot.label_of(method)} (n={entry['seeds']})")
+        axis.set(xlim=(0, None), xlabel="rollouts" if cost == "rollouts" else "seconds in steps")
+        axis.set_title(f"over {COSTS[cost]}")
+        tidy(axis)
+    axes[0, 0].set_ylabel(measure_of(result))
+    axes[0, 0].yaxis.set_major_formatter("{x:.0%}")
+    handles, labels = axes[0, 0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False)
+    return plot.save(figure, path)
+
+
+def draw_curve(axis, curve: dict, colour: str, label: str) -> None:
+    """One method: `grid` of costs [N], and under `seeds` the accuracies of each run there [N]."""
+    runs = np.array(list(curve["seeds"].values()))  # [S, N]
+    if len(runs) < BAND_FROM:
+        for i, run in enumerate(runs):
+            axis.plot(curve["grid"], run, color=colour, linewidth=1.4, label=label if i == 0 else None)
+        return
+    points = [stats.by_seed(column.tolist()) for column in runs.T]
+    low = [point["low"] for point in points]
+    high = [point["high"] for point in points]
+    axis.plot(curve["grid"], runs.mean(0), color=colour, linewidth=2, label=label)
+    axis.fill_between(curve["grid"], low, high, color=colour, alpha=0.15, linewidth=0)
+
+
+def at_most_four(results: dict[str, dict]) -> dict[str, dict]:
+    """The last of them, which is the tuned one, and three others spread over the rest."""
+    names = list(results)
+    if len(names) > PANELS:
+        spread = np.linspace(0, len(names) - 2, PANELS - 1).round().astype(int)
+        names = [names[i] for i in spread] + names[-1:]
+    return {name: results[name] for name in names}
+
+
+def forest(results: dict[str, dict], path: Path, title: str = "") -> Path:
+    """Differences to the baseline at equal rollouts with 95 % intervals: a panel for each learning rate, a row for each
+    method. A hollow mark: Holm's p is not below 0.05."""
+    first = next(iter(results.values()))
+    base = first["baseline"]
+    methods = [method for method in first["methods"] if method != base]
+    colours = plot.colours_of(methods)
+    figure, axes = new_figure(1, len(results), (2.4 + 1.6 * len(results), 2.0 + 0.34 * len(methods)), sharey=True)
+    for axis, (name, result) in zip(axes[0], results.items(), strict=True):
+        axis.axvline(0, color="#bbbbbb", linewidth=1, zorder=0)
+        for i, method in enumerate(methods):
+            draw_difference(axis, i, result["methods"][method]["difference"]["rollouts"], colours[method])
+        accuracy = result["methods"][base]["accuracy"]["rollouts"]
+        axis.set_title(f"{name}\n{plot.label_of(base)}: {100 * accuracy:.0f} %")
+        axis.set(xlim=(-SCALE - 1, SCALE + 1), ylim=(len(methods) - 0.5, -0.5), xticks=(-8, -4, 0, 4, 8))
+        axis.set_yticks(range(len(methods)), [plot.label_of(method) for method in methods])
+        axis.tick_params(axis="y", length=0)
+        axis.grid(axis="x", color="#eeeeee", zorder=-1)
+        axis.set_axisbelow(True)
+        tidy(axis, "left")
+    what = f"{measure_of(first)}, points against {plot.label_of(base)} at equal rollouts (hollow: not significant)"
+    figure.supxlabel(what, fontsize=12)
+    figure.suptitle(title, fontsize=13)
+    return plot.save(figure, path)
+
+
+def draw_difference(axis, row: int, test: dict, colour: str) -> None:
+    """One mark with its interval; a number at the edge where it is off the scale that suits the others."""
+    mean = 100 * test["mean"]
+    clear = test.get("p_holm", 1) < 0.05
+    if abs(mean) > SCALE:
+        edge = math.copysign(SCALE + 0.8, mean)
+        side = "left" if mean < 0 else "right"
+        arrow = "◂ " if mean < 0 else "▸ "
+        axis.text(edge, row, f"{arrow}{mean:+.0f}", color=colour, ha=side, va="center", fontsize=11)
+        return
+    if test["n"] > 1:
+        axis.plot([100 * test["low"], 100 * test["high"]], [row, row], color=colour, linewidth=2)
+    axis.plot(mean, row, "o", color=colour, markersize=7, markerfacecolor=colour if clear else "white")
+
+
+def regimes(cells: list[dict], path: Path, rules: list[str], interference: float) -> Path:
+    """Rollouts to two thirds of uniform sampling's gain, relative to it, over step per visit and sharing: a panel for
+    each of at most four rules, at one interference. Grey: less than two standard errors from no difference."""
+    from matplotlib.colors import LinearSegmentedColormap
+
+    rules = rules[:PANELS]
+    cells = [cell for cell in cells if cell["setting"]["interference"] == interference]
+    visits = sorted({cell["setting"]["visit"] for cell in cells})
+    sharings = sorted({cell["setting"]["sharing"] for cell in cells})
+    columns = min(len(rules), 2)
+    rows = math.ceil(len(rules) / columns)
+    size = (1 + 0.68 * len(visits) * columns, 1.8 + (0.45 + 0.45 * len(sharings)) * rows)
+    figure, axes = new_figure(rows, columns, size, sharex=True, sharey=True)
+    for axis in axes.flat[len(rules) :]:
+        axis.set_visible(False)
+
+    # a square for each cell, its shade and number the rollouts saved or lost
+    shades = LinearSegmentedColormap.from_list("", [plot.BLUE, "white", plot.ORANGE])
+    for axis, rule in zip(axes.flat, rules, strict=False):
+        for cell in cells:
+            x = visits.index(cell["setting"]["visit"])
+            y = sharings.index(cell["setting"]["sharing"])
+            draw_cell(axis, x, y, cell, rule, shades)
+        axis.set(xlim=(-0.5, len(visits) - 0.5), ylim=(-0.5, len(sharings) - 0.5), title=plot.label_of(rule))
+        axis.set_xticks(range(len(visits)), [f"{value:g}" for value in visits])
+        axis.set_yticks(range(len(sharings)), [f"{value:g}" for value in sharings])
+        axis.tick_params(length=0)
+        axis.spines[:].set_visible(False)
+
+    figure.supxlabel("step per visit (logits)", fontsize=12)
+    for axis in axes[:, 0]:
+        axis.set_ylabel("sharing of skills")
+    what = "with interference" if interference else "without interference"
+    figure.suptitle(
+        f"Rollouts to a level in %, against uniform sampling, {what}\n"
+        "blue: fewer, orange: more, grey: within two standard errors",
+        fontsize=13,
+    )
+    return plot.save(figure, path)
+
+
+def draw_cell(axis, x: int, y: int, cell: dict, rule: str, shades) -> None:
+    late = cell["rules"][rule]["late"]
+    bound = bound_sign(cell, rule)
+    clear = bound or abs(late["mean"]) > 2 * late["se"]
+    shade = shades(0.5 + np.clip(late["mean"], -0.5, 0.5)) if clear else "#eeeeee"
+    dark = clear and abs(late["mean"]) > 0.35
+    ink = "white" if dark else "black" if clear else "#777777"
+    axis.add_patch(plot.pyplot().Rectangle((x - 0.5, y - 0.5), 1, 1, facecolor=shade, edgecolor="white"))
+    axis.text(x, y, f"{bound}{100 * late['mean']:+.0f}", ha="center", va="center", fontsize=12, color=ink)
+
+
+# ---------------------------------------------------------------- the documentation
+
+
+@dataclass
+class Flags:
+    docs: str = str(DOCS)  # folder of the documentation
+    readme: str = str(ROOT / "README.md")  # the other page whose tables are filled in
+
+
+def read_results(name: str) -> dict[str, dict]:
+    """The shipped comparisons called `name`: by learning rate, the smallest first, then the tuned one."""
+    found = {}
+    for path in (RESULTS / name).glob("lr-*.json"):
+        found[float(path.stem.removeprefix("lr-"))] = path
+    results = {}
+    for rate in sorted(found):
+        results[found[rate].stem.replace("lr-", "lr ")] = json.loads(found[rate].read_text())
+    tuned = RESULTS / name / "tuned.json"
+    if tuned.exists():
+        results["tuned"] = json.loads(tuned.read_text())
+    return results
+
+
+def read_map() -> list[dict]:
+    return json.loads((RESULTS / "map.json").read_text())["cells"]
+
+
+def tables() -> dict[str, str]:
+    """Every table of the documentation by its name."""
+    made = {}
+    for name in ("none", "digits", "hard", "refilled", "draw", "popo", "claims"):
+        made[name] = overview_table(read_results(name))
+    made["seconds"] = overview_table(read_results("seconds"), "seconds")
+    made["map"] = map_table(read_map())
+    return made
+
+
+def filled(page: str, made: dict[str, str]) -> str:
+    """`page` with what stands between the marks of each table replaced. ValueError for a name that is not known."""
+
+    def table(match: re.Match) -> str:
+        name = match[1]
+        if name not in made:
+            raise ValueError(f"there is no table called {name}; choose from {', '.join(made)}")
+        return f"<!-- table: {name} -->\n{made[name]}\n<!-- end of table -->"
+
+    return re.sub(r"<!-- table: ([\w-]+) -->\n.*?<!-- end of table -->", table, page, flags=re.S)
+
+
+def figures(folder: Path) -> list[Path]:
+    """Every figure of the documentation that is made from shipped results."""
+    none = read_results("none")
+    digits = read_results("digits")
+    cells = read_map()
+    shown = {name: none[name] for name in ("lr 5e-5", "lr 2e-4", "lr 8e-4", "tuned")}
+    rules = ["prompt", "prioritized", "greso", "adaptive"]
+    pays = "No shared facts: replay pays at small learning rates, little at the best"
+    shrinks = "Shared digits: POPO and rollout-level replay gain, less at the best learning rate"
+    return [
+        forest(shown, folder / "none.png", pays),
+        forest(digits, folder / "digits.png", shrinks),
+        regimes(cells, folder / "map.png", rules, interference=0.0),
+        regimes(cells, folder / "map-interference.png", rules, interference=0.5),
+    ]
+
+
+def main(argv: list[str]) -> int:
+    flags, _ = parse(Flags, argv, __doc__)
+    docs = Path(flags.docs)
+    made = tables()
+    try:
+        (docs / "tables").mkdir(parents=True, exist_ok=True)
+        for name, text in made.items():
+            (docs / "tables" / f"{name}.md").write_text(text + "\n")
+        for page in (Path(flags.readme), *docs.glob("*.md")):
+            before = page.read_text()
+            after = filled(before, made)
+            if after != before:
+                page.write_text(after)
+                print(page)
+        for path in figures(docs / "figures"):
+            print(path)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -15,11 +15,10 @@ import importlib.util
 
 import torch
 
-from buffer import Group
+from grpo import Answer, Policy
+from replay import Group
 from support import decode, ranks, vllm_quirks
-from support.logprobs import LogProbModel as Policy
-from support.logprobs import Sequence as Answer
-from support.logprobs import autocast, load_model
+from support.model import load_model
 from tasks.data import Prompt
 
 
@@ -82,7 +81,7 @@ class TransformersEngine:
     @torch.no_grad()
     def sync(self, model=None) -> float:
         """Copies the trainer's weights, where the engine has its own. Every rank has to call it."""
-        if ranks.world() > 1:
+        if ranks.WORLD > 1:
             for mine, theirs in zip(self.model.parameters(), model.parameters(), strict=True):
                 mine.copy_(ranks.whole(theirs))
         return 0.0
@@ -186,7 +185,7 @@ class VLLMEngine:
         """Wakes up with the weights of `model`. Returns the largest difference between the engine's log-probs
         and the trainer's over a few answers; EngineAstray if it is more than rounding can explain."""
         if not isinstance(model, Policy):
-            model = Policy(model)
+            model = Policy(model, str(self.dtype).removeprefix("torch."))
 
         # The KV cache wakes last, into the room that the push no longer needs. Memory that PyTorch has cached
         # is given back first, because vLLM cannot use it.
@@ -232,8 +231,7 @@ class VLLMEngine:
         pairs = zip(self.probes, groups, strict=True)
         answers = [Answer(probe.ids, group.tokens[0], group.logprobs[0], 0.0, 0) for probe, group in pairs]
         (batch,) = model.pack(answers, 2 * PROBES * PROBE_TOKENS)
-        with autocast(model, self.dtype):
-            logprobs, _ = model(batch, 1.0)
+        logprobs, _ = model(batch, 1.0)
         engine = torch.cat([answers[i].behaviour for i in batch.sequences]).to(logprobs.device)
         return (engine - logprobs).abs().max().item()
 

@@ -22,8 +22,8 @@ from fractions import Fraction
 import numpy as np
 import pytest
 import torch
-
 from buffer import Group, GroupReplay, RolloutReplay, Surplus
+
 from lab.rules import Adaptive
 from replay import GRESO, Prioritized, PromptReplay, Uniform, smallest
 

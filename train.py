@@ -139,6 +139,9 @@ class Config:
     minibatches: int = 1  # optimiser steps per pass over the batch
     epochs: int = 1  # passes over the batch
     tokens_per_microbatch: int = 16_384  # bounds the memory of the update
+    offload: Literal["auto", "on", "off"] = (
+        "auto"  # float32 weights and AdamW in host memory; auto: where a GPU lacks room
+    )
     dtype: Literal["bfloat16", "float32"] = "bfloat16"  # of computation; weights are float32 always
     gradient_checkpointing: bool = True  # make activations anew in the backward pass: a tenth of their memory
 

@@ -29,6 +29,8 @@ from pathlib import Path
 
 import torch
 
+from support.vllm_quirks import vllm_options
+
 GIB = 2**30
 USABLE = 0.97  # of a GPU; the rest is the driver's
 CONTEXT = 2 * GIB  # CUDA, libraries, what the allocator cannot use
@@ -113,10 +115,6 @@ def microbatch(cfg) -> int:
 
 def has_bfloat16(cfg) -> bool:
     return cfg.dtype == "bfloat16"
-
-
-def vllm_options(cfg) -> dict:
-    return json.loads(cfg.vllm or "{}")
 
 
 def layer_activations(s: dict, tokens: int, longest: int, bfloat16: bool) -> int:

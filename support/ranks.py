@@ -19,7 +19,6 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
-
 RANK = 0  # of this process, and how many there are; `start` sets them
 WORLD = 1
 

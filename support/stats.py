@@ -14,10 +14,8 @@ by problem.
 
 import json
 import math
-import subprocess
 from collections import Counter
 from functools import cache
-from pathlib import Path
 from statistics import fmean, stdev
 
 from scipy.stats import binomtest
@@ -427,13 +425,3 @@ def rounded(value):
     if math.isnan(value):
         return None
     return float(f"{value:.4g}")
-
-
-def commit() -> str:
-    """The commit of this code; empty outside of a git checkout."""
-    command = ["git", "rev-parse", "--short", "HEAD"]
-    try:
-        done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
-    except FileNotFoundError:  # git is not installed
-        return ""
-    return done.stdout.strip()

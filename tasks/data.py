@@ -14,7 +14,7 @@ answer.
 
 Problems that are the same after `normal` are one: the first is kept, and none of the evaluation sets; all are
 counted. Known sets are read at the revisions in SOURCES, as several public projects pin them (we have not
-compared them with the hub); without one, the newest, or --data-revision HASH. Whatever the hub does,
+compared them with the hub); without one, the newest, or --data-options. Whatever the hub does,
 `fingerprint` tells what was used.
 """
 
@@ -213,7 +213,7 @@ def fetch(hub: str, config: str | None, split: str, revision: str | None, copy: 
         elif isinstance(error, ConnectionError):
             how = "go online"
         else:
-            how = "choose with --data-config, --data-split or --data-revision"
+            how = "choose with --data-options"
         message = f"{hub} cannot be loaded ({what}): {how}, or fetch it elsewhere and give {copy}"
         raise ValueError(message) from error
 
@@ -420,8 +420,7 @@ def load_pairs(
     if own or (source and copy):
         where = copy or name
         if config or split or revision:
-            flags = "--data-config, --data-split and --data-revision"
-            raise ValueError(f"{flags} are for the hub, and {where} is a file")
+            raise ValueError(f"--data-options are for the hub, and {where} is a file")
         rows = read_rows(where)
     # From the hub: a known set, or any other.
     elif source:
@@ -439,6 +438,18 @@ def load_pairs(
     rows = select(rows, where, maths, difficulty, counts)
     pairs = from_rows(rows, where, problem_column, answer_column, source, None if own else counts)
     return pairs, counts
+
+
+def hub_options(text: str) -> dict:
+    """`--data-options` as arguments of `load_pairs`. ValueError if it is no JSON object, or knows other names."""
+    names = {"name": "config", "split": "split", "revision": "revision"}
+    try:
+        options = json.loads(text or "{}")
+    except json.JSONDecodeError as error:
+        raise ValueError(f"--data-options {text!r} is not JSON ({error})") from error
+    if not isinstance(options, dict) or set(options) - set(names):
+        raise ValueError(f"--data-options {text!r}: give a JSON object of {', '.join(names)}")
+    return {names[name]: value for name, value in options.items()}
 
 
 def is_file(name: str) -> bool:
@@ -477,15 +488,8 @@ def joined_fraction(match: re.Match) -> str:
 def clean(cfg, evaluation: dict[str, list], missing: list[str]) -> tuple[list[Pair], str]:
     """Different problems of `cfg.data`, none of `evaluation` (benchmark -> problems), and a line of what
     went."""
-    pairs, counts = load_pairs(
-        cfg.data,
-        cfg.problem_column,
-        cfg.answer_column,
-        cfg.difficulty,
-        config=cfg.data_config,
-        split=cfg.data_split,
-        revision=cfg.data_revision,
-    )
+    columns = (cfg.problem_column, cfg.answer_column)
+    pairs, counts = load_pairs(cfg.data, *columns, cfg.difficulty, **hub_options(cfg.data_options))
     places = {}
     for benchmark, problems in evaluation.items():
         for problem in problems:

@@ -40,7 +40,7 @@ def clean_pairs(cfg) -> tuple[list[data.Pair], str]:
     if cfg.keep_overlap or data.is_file(cfg.data):
         names = ()
     tests, missing = data.evaluation_problems(names, benchmark_texts)
-    return data.prepare(cfg, tests, missing)
+    return data.clean(cfg, tests, missing)
 
 
 def benchmark_texts(name: str) -> list:

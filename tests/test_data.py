@@ -482,10 +482,10 @@ def test_other_data_sets_by_their_columns(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=r"has no column 'answer' or 'solution'; it has q, gold: .*--answer-column$"):
         data.load_pairs("a/b-1.5", "q")
     with pytest.raises(
-        ValueError, match=r"a/b-1.5 cannot be loaded \(Unknown split .*train.*--data-split.*FILE.parquet"
+        ValueError, match=r"a/b-1.5 cannot be loaded \(Unknown split .*train.*--data-options.*FILE.parquet"
     ):
         data.load_pairs("a/b-1.5", "q", "gold", split="test")
-    with pytest.raises(ValueError, match=r"BuilderConfig 'en' not found. Available: .*--data-config"):
+    with pytest.raises(ValueError, match=r"BuilderConfig 'en' not found. Available: .*--data-options"):
         data.load_pairs("a/b-1.5", "q", "gold", config="en")
 
 
@@ -498,7 +498,10 @@ def test_other_data_sets_by_their_columns(tmp_path, monkeypatch):
             "gated.*hf auth login",
         ),
         (datasets.exceptions.DatasetNotFoundError("Revision 'y' doesn't exist"), "Revision 'y'.*--data-revision"),
-        (ValueError("Config name is missing.\nPlease pick one among: ['main', 'socratic']"), "socratic.*--data-config"),
+        (
+            ValueError("Config name is missing.\nPlease pick one among: ['main', 'socratic']"),
+            "socratic.*--data-options",
+        ),
     ],
 )
 def test_errors_of_the_hub_are_one_line_that_says_how_to_go_on(monkeypatch, error, words):

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from lab import simulate
-from lab.simulate import Policy, Setting, against, compare_rules, make_task, reinforce, rollouts_to, run
 from lab.rules import GRESO
+from lab.simulate import Policy, Setting, against, compare_rules, make_task, reinforce, rollouts_to, run
 from replay import Prioritized, PromptReplay, Uniform
 
 SMALL = {"prompts": 60, "prompts_per_step": 4, "steps": 40}

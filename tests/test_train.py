@@ -12,10 +12,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from buffer import Group
 from safetensors.torch import load_file
 
 import train
-from buffer import Group
 from support import checkpoint, config, plot
 from tasks import tiny
 

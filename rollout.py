@@ -117,9 +117,9 @@ class VLLMEngine:
             "dtype": cfg.dtype,
             "max_model_len": cfg.max_prompt_tokens + cfg.max_tokens,
             "max_num_seqs": cfg.rollout_batch,
-            "load_format": "auto" if model is None else "dummy",  # random weights, until the first push
+            "load_format": "auto" if model is None else "dummy",  # random, until the first push
             "skip_tokenizer_init": True,  # token ids in and out
-            "logprobs_mode": "processed_logprobs",  # of the distribution sampled from, at its temperature
+            "logprobs_mode": "processed_logprobs",  # of what was sampled from, at its temperature
             "enable_prefix_caching": True,  # the answers of a group share its prompt
         }
         # The user's own settings come last, but that a CPU cannot sleep stays so.
@@ -200,7 +200,7 @@ class VLLMEngine:
 
         # A prompt in the prefix cache was read with the old weights.
         if not self.llm.reset_prefix_cache():
-            raise EngineAstray("vLLM did not drop its prefix cache, which is that of the old weights")
+            raise EngineAstray("vLLM did not drop its prefix cache, made with the old weights")
         error = self._difference(model)
         bound = SYNC_BOUND[self.dtype]
         if not error <= bound:  # NaN too

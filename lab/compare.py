@@ -319,11 +319,11 @@ def start_run(processes, folder: Path, flags: list[str]):
 def run_all(jobs: list[tuple[Path, list[str]]], at_once: int) -> None:
     """Trains what is not there yet, `at_once` side by side, one thread each. A failure ends the comparison."""
     waiting = [job for job in jobs if not is_complete(*job)]
-    for _, flags in waiting:
-        cfg, _ = settings_of(flags)
+    configs = [settings_of(flags)[0] for _, flags in waiting]
+    for cfg in configs:  # a mistake is met before the first run begins
         check_run(cfg)
-        if not cfg.model:  # once, before two runs begin to make it
-            tiny.make(tiny.home(cfg.sharing), sharing=cfg.sharing)
+    for sharing in {cfg.sharing for cfg in configs if not cfg.model}:
+        tiny.make(tiny.home(sharing), sharing=sharing)  # once, before two runs begin to make it
 
     # each run is a fork of a process that has the imports behind it: they take as long as a short run
     os.environ["OMP_NUM_THREADS"] = "1"

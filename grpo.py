@@ -1,23 +1,23 @@
 """The mathematics of GRPO with replay: advantages, one clipped objective, and the update.
 
-All data, fresh or replayed, is trained by one decoupled clipped objective. With mu the policy that sampled a token (its
-log-prob is stored), pi_old the policy at the start of the step, and pi the one being updated:
+All data, fresh or replayed, is trained by one decoupled clipped objective. With mu the policy that sampled a token
+(its log-prob is stored), pi_old the policy at the start of the step, and pi the one being updated:
 
     w    = min(pi_old / mu, cap)                             importance weight, no gradient
     rho  = pi / pi_old                                       the ratio that is clipped
     loss = -sum over tokens of  weight * w * min(rho A, clip(rho, 1 - low, 1 + high) A)
 
-For fresh answers w mends the small mismatch between engine and trainer (truncated importance sampling); for replayed ones it
-mends staleness as well. GRPO, Dr. GRPO, DAPO, RLOO, GSPO and CISPO are choices of advantage, ratio, loss and `weight`; they
-are no other code path.
+For fresh answers w mends the small mismatch between engine and trainer (truncated importance sampling); for replayed
+ones it mends staleness as well. GRPO, Dr. GRPO, DAPO, RLOO, GSPO and CISPO are choices of advantage, ratio, loss and
+`weight`; they are no other code path.
 
 Departures from the usual code, each on purpose:
 1. With one optimiser step per batch there is no pass for pi_old: it is pi with its gradient stopped.
-2. The loss is a sum over tokens times a weight that is known for the whole optimiser step before it begins, so that neither
-   micro-batches nor ranks can change it.
+2. The loss is a sum over tokens times a weight that is known for the whole optimiser step before it begins, so that
+   neither micro-batches nor ranks can change it.
 3. There is no padding and no mask (support/logprobs.py); the end-of-text token is trained like any other.
-4. Dead groups leave the denominators too: a step of few useful groups is as long as one of many, where GRPO and Dr. GRPO make
-   it shorter by the share of dead groups. Nor does --kl act on them.
+4. Dead groups leave the denominators too: a step of few useful groups is as long as one of many, where GRPO and Dr.
+   GRPO make it shorter by the share of dead groups. Nor does --kl act on them.
 
 Letters: P prompts, G answers per prompt, S answers to train on, N answer tokens, H hidden size, V vocabulary.
 """
@@ -48,7 +48,8 @@ class Answer:
 
 
 def to_answers(batch: list, prompts: list, step: int, mask_truncated: bool) -> list[Answer]:
-    """The answers of the groups in `batch`, ready to train on. prompts: all of the data set, with token `ids`."""
+    """The answers of the groups in `batch`, ready to train on. prompts: all of the data set, with token
+    `ids`."""
     answers = []
     for group in batch:
         for i, tokens in enumerate(group.tokens):
@@ -94,9 +95,10 @@ def advantages(rewards: torch.Tensor, kind: str = "centred") -> torch.Tensor:
 def token_weights(
     lengths: torch.Tensor, kind: str, max_tokens: int, counts: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """What each token's loss is multiplied by.  lengths: [S] answer tokens of ALL answers that one optimiser step trains on
-    (no dead groups, no masked answers), over all micro-batches and ranks; counts: [S] how many equal answers each stands
-    for -> [S], the weight of every token of that answer (times its count). With S the number of answers:
+    """What each token's loss is multiplied by.  lengths: [S] answer tokens of ALL answers that one optimiser step
+    trains on (no dead groups, no masked answers), over all micro-batches and ranks; counts: [S] how many equal
+    answers each stands for -> [S], the weight of every token of that answer (times its count). With S the number of
+    answers:
 
     token     1 / all tokens                DAPO's token mean
     sequence  1 / (S * own length)          original GRPO: mean per answer, then over answers
@@ -116,7 +118,8 @@ def token_weights(
 
 
 def per_sequence_mean(values: torch.Tensor, segment: torch.Tensor) -> torch.Tensor:
-    """Mean of `values` [N] over the tokens of each answer, handed back to every token.  segment: [N] answer numbers."""
+    """Mean of `values` [N] over the tokens of each answer, handed back to every token.  segment: [N] answer
+    numbers."""
     size = int(segment.max()) + 1 if len(segment) else 0
     totals = values.new_zeros(size).index_add(0, segment, values)
     counts = values.new_zeros(size).index_add(0, segment, torch.ones_like(values))
@@ -147,8 +150,8 @@ def policy_loss(
     loss: str = "clip",
     proximal: str = "old",
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The decoupled clipped objective.  All tensors [N], one entry a token -> (loss summed over tokens, and [N]: True
-    where the clip acts: there the gradient is zero, or with cispo bounded).
+    """The decoupled clipped objective.  All tensors [N], one entry a token -> (loss summed over tokens, and [N]:
+    True where the clip acts: there the gradient is zero, or with cispo bounded).
 
     logprob    log pi, with gradient             advantage  of the token's answer
     old        log pi_old                        weight     from `token_weights`
@@ -168,11 +171,13 @@ def policy_loss(
         log_ratio = per_sequence_mean(log_ratio, segment)
     rho = torch.exp(log_ratio)
 
+    # CISPO: the ratio is a weight, and only the log-prob has a gradient.
     if loss == "cispo":
         clipped = rho.detach() > 1 + clip_high
         term = rho.detach().clamp(max=1 + clip_high) * advantage * logprob
         return -(weight * w * term).sum(), clipped
 
+    # PPO: the worse of the ratio and the clipped ratio.
     unclipped = rho * advantage
     limited = rho.clamp(1 - clip_low, 1 + clip_high) * advantage
     term = torch.minimum(unclipped, limited)
@@ -185,8 +190,8 @@ def policy_loss(
 
 
 def k3(logprob: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
-    """An estimate of KL(p || q) per token, never negative: exp(d) - 1 - d, d = log q - log p, on tokens sampled from p
-    (k3 of joschu.net/blog/kl-approx.html)."""
+    """An estimate of KL(p || q) per token, never negative: exp(d) - 1 - d, d = log q - log p, on tokens
+    sampled from p (k3 of joschu.net/blog/kl-approx.html)."""
     difference = other - logprob
     return torch.expm1(difference) - difference
 
@@ -195,8 +200,8 @@ def k3(logprob: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
 
 
 class Policy(torch.nn.Module):
-    """A causal language model whose forward gives log-probs of packed answers. It is the root that FSDP needs, to have the
-    head's weight at hand."""
+    """A causal language model whose forward gives log-probs of packed answers. It is the root that FSDP
+    needs, to have the head's weight at hand."""
 
     def __init__(self, model, dtype: str = "float32"):
         super().__init__()
@@ -224,27 +229,6 @@ class Policy(torch.nn.Module):
             return token_logprobs(hidden, self.model.get_output_embeddings().weight, micro.targets, temperature)
 
 
-@torch.no_grad()
-def check_policy(policy: Policy) -> None:
-    """ValueError where `Policy.forward` is not the model's own forward: heads that scale, cap or shift their logits, and
-    layers that do not keep packed answers apart."""
-    model = policy.model
-    low = has_varlen(model)  # these kernels know no float32
-    vocabulary = model.get_input_embeddings().num_embeddings
-    ids = torch.tensor([[(7 * i + 13 * j + 1) % vocabulary for j in range(6)] for i in range(2)])
-    pair = [Answer(tuple(row[:2].tolist()), row[2:], torch.zeros(4), advantage=0.0, age=0) for row in ids]
-    (micro,) = pack(pair, 12, row_length=12, device=model.device)
-    with torch.autocast(model.device.type, torch.bfloat16, enabled=low):
-        ours, _ = Policy(model, "bfloat16" if low else "float32")(micro, 1.0)
-        logits = model(input_ids=ids.to(model.device), use_cache=False).logits.float()
-    own = torch.log_softmax(logits[:, 1:-1], -1).gather(2, ids[:, 2:, None].to(model.device))[..., 0]
-    if (ours - own[micro.sequences].flatten()).abs().max() > (0.2 if low else 1e-2):
-        raise ValueError(
-            f"{model.config.model_type} models scale, cap or shift their logits, or cannot be packed, and would be "
-            "trained on wrong log-probs; use a Qwen3, Llama, Mistral, Gemma 3, OLMo or alike"
-        )
-
-
 # ---------------------------------------------------------------- the update
 
 
@@ -257,23 +241,20 @@ class Work:
     micros: list[MicroBatch]
 
 
-def split_minibatches(count: int, parts: int, seed: str) -> list[list[int]]:
-    """Numbers 0 .. count-1 in `parts` lists (fewer if there are fewer numbers), shuffled where there are several."""
-    order = list(range(count))
-    if parts > 1:
-        random.Random(seed).shuffle(order)  # fresh and replayed mixed
-    return [order[i::parts] for i in range(min(parts, count))]
-
-
 def plan_work(policy: Policy, answers: list[Answer], cfg, step: int) -> list[Work]:
     """One pass over `answers`: this rank's part of each optimiser step."""
     device = next(policy.parameters()).device
+    # Several minibatches are shuffled, so that fresh and replayed answers are mixed in each.
+    answers = list(answers)
+    if cfg.minibatches > 1:
+        random.Random(f"{cfg.seed} {step}").shuffle(answers)
     work = []
-    for numbers in split_minibatches(len(answers), cfg.minibatches, f"{cfg.seed} {step}"):
-        batch = [answers[i] for i in numbers]
+    for i in range(min(cfg.minibatches, len(answers))):
+        batch = answers[i :: cfg.minibatches]
+        # The weights are those of the whole optimiser step, whatever part of it is this rank's.
         lengths = torch.tensor([len(answer.tokens) for answer in batch])
         counts = torch.tensor([answer.count for answer in batch])
-        weights = token_weights(lengths, cfg.normaliser, cfg.max_tokens, counts)  # over all ranks, before the split
+        weights = token_weights(lengths, cfg.normaliser, cfg.max_tokens, counts)
         if ranks.WORLD > 1:
             mine = share_out(batch, ranks.RANK, ranks.WORLD)
             batch = [batch[i] for i in mine]
@@ -300,14 +281,18 @@ def remember_old(policy: Policy, work: list[Work], cfg) -> None:
 
 def update(policy: Policy, optimizer, answers: list[Answer], cfg, step: int, reference: Policy | None = None) -> dict:
     """Trains on `answers` (the same list on every rank): cfg.epochs times cfg.minibatches optimiser steps, each in
-    micro-batches of bounded size, the KL to `reference` included where there is one. Returns figures over all tokens.
+    micro-batches of bounded size, the KL to `reference` included where there is one. Returns figures over all
+    tokens.
 
     FloatingPointError if the gradient is not finite; the weights have not moved then.
     """
+    # What to do, and pi_old, where the policy will have moved before all of it is done.
     policy.train()
     work = plan_work(policy, answers, cfg, step)
     if len(work) * cfg.epochs > 1:
         remember_old(policy, work, cfg)
+
+    # One optimiser step for each minibatch of each epoch.
     sums: dict[str, float] = defaultdict(float)
     norms = []
     for part in work * cfg.epochs:
@@ -346,21 +331,11 @@ def microbatch_loss(policy: Policy, reference, part: Work, micro: MicroBatch, cf
     advantage, stale, count = columns.unbind(1)  # [N] each
     weight = part.weights[micro.sequences][micro.segment]
 
-    loss, clipped = policy_loss(
-        logprob,
-        old,
-        behaviour,
-        advantage.float(),
-        weight,
-        micro.segment,
-        clip_low=cfg.clip_low,
-        clip_high=cfg.clip_high,
-        dual_clip=cfg.dual_clip,
-        is_cap=cfg.is_cap,
-        ratio=cfg.ratio,
-        loss=cfg.loss,
-        proximal=cfg.proximal,
-    )
+    # One objective for all of them.
+    tokens = (logprob, old, behaviour, advantage.float(), weight, micro.segment)
+    clip = {"clip_low": cfg.clip_low, "clip_high": cfg.clip_high, "dual_clip": cfg.dual_clip}
+    kind = {"ratio": cfg.ratio, "loss": cfg.loss, "proximal": cfg.proximal}
+    loss, clipped = policy_loss(*tokens, is_cap=cfg.is_cap, **clip, **kind)
 
     # For the log: how fresh and replayed tokens fared. Each token counts as often as its answer stands for equal ones.
     importance = torch.exp(old - behaviour)

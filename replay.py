@@ -28,7 +28,7 @@ import numpy as np
 import torch
 
 from support.epochs import Epochs, within_reach
-from support.log import reuse
+from support.log import pool_figures, reuse
 from support.state import Saved, Store
 
 
@@ -54,7 +54,7 @@ class Group:
 
     @property
     def num_correct(self) -> float:
-        """Right answers: the sum of rewards. A dead group whose rewards are neither 0 nor 1 counts as all wrong."""
+        """The sum of rewards. A dead group whose rewards are neither 0 nor 1 counts as all wrong."""
         if self.dead and self.rewards[0] < 1:
             return 0.0
         return float(self.rewards.double().sum())
@@ -70,7 +70,7 @@ class Group:
 
 
 class Uniform(Epochs):
-    """Plain GRPO: every prompt once an epoch, in an order that is shuffled anew. The other samplers build on it."""
+    """Plain GRPO: every prompt once an epoch, in an order that is shuffled anew. The others build on it."""
 
     DECIDES = "prompts"  # which prompts to generate for
 
@@ -86,7 +86,7 @@ class PromptReplay(Uniform):
 
     1. Up to floor(share * P) prompts of a batch may be prompts whose latest pass rate lies in `band`, ends included,
     2. which were last used `cooldown` steps ago or more, and have come back fewer than `max_reuse` times.
-    3. The nearest to one half come first; of equally near ones the harder, then the less reused, then the smaller number.
+    3. The nearest to one half come first; of equally near ones the harder, the less reused, the smaller number.
     4. All other places go to the next prompts of the epoch.
 
     Why one half: the expected squared gradient of a prompt goes with p(1-p), which is largest there.
@@ -119,7 +119,7 @@ class PromptReplay(Uniform):
         return chosen
 
     def candidates(self, step: int) -> np.ndarray:
-        """The prompts that may come back at `step`, best first; of more than a batch, as many as can matter."""
+        """The prompts that may come back at `step`, best first."""
         ready = self.in_band() & (self.last <= step - self.cooldown)
         ready[list(self.batch)] = False
         x = np.flatnonzero(ready)
@@ -145,14 +145,14 @@ class Prioritized(Uniform):
     """Prioritized Replay (2601.02648). The whole data set in order of p(1-p), with retests:
 
     1. A prompt has a smoothed pass rate p: smoothing * newest + (1 - smoothing) * before; the first group sets it.
-    2. A batch is the prompts of largest p(1-p); one never seen counts as `initial_priority`. Equal ones: p >= 1/2 first.
+    2. A batch is the prompts of largest p(1-p), where one never seen counts as `initial_priority`.
     3. A prompt whose latest group is all right or all wrong waits in a pool, the solved or the unsolved one.
-    4. Every `retest_every` steps a batch is made of the pools, longest untested first: `retest_solved` of it from the
-       solved ones (the paper's 1 of 4), the rest from the unsolved; a mixed group brings a prompt back.
+    4. Every `retest_every` steps a batch is made of the pools, longest untested first: `retest_solved` of it from
+       the solved ones (the paper's 1 of 4), the rest from the unsolved; a mixed group brings a prompt back.
     5. With chance `explore` a whole batch is drawn at random.
 
-    What the paper leaves open: equal priorities go by a random order fixed at the start, and where one source runs short the
-    others fill the batch. Epochs are never walked.
+    Left open by the paper: of equal priorities p >= 1/2 goes first, then a random order fixed at the start; where
+    one source runs short the others fill the batch. Epochs are never walked.
     """
 
     STATE = (*Uniform.STATE, "explore_rng", "rate", "priority", "place", "tested", "visits", "flips")
@@ -188,6 +188,7 @@ class Prioritized(Uniform):
         room = self.begin(n, step)
         retest = self.retest_every > 0 and step % self.retest_every == 0
         chosen: list[int] = []
+        # Retests and exploration choose first; what they leave open goes by priority.
         if retest and not self.batch:
             solved = int(self.retest_solved * room + 0.5)
             chosen += self.first(self.SOLVED, self.tested, solved)
@@ -202,7 +203,7 @@ class Prioritized(Uniform):
         return chosen
 
     def first(self, place: int, key: np.ndarray, n: int) -> list[int]:
-        """Puts the n prompts at `place` that have the smallest `key` into the batch (all, where there are fewer)."""
+        """Puts the n prompts at `place` that have the smallest `key` into the batch, or all there are."""
         if n == 0:
             return []
         ready = self.place == place
@@ -218,6 +219,7 @@ class Prioritized(Uniform):
 
     def observe(self, prompts: list[int], num_correct: list[float], num_answers, step: int) -> None:
         for x, newest in zip(prompts, np.array(num_correct) / num_answers, strict=True):
+            # The pass rate is smoothed, but where the prompt goes is decided by its newest group alone.
             weight = self.smoothing if self.visits[x] else 1.0
             p = weight * newest + (1 - weight) * self.rate[x]
             place = self.HEAP
@@ -234,28 +236,14 @@ class Prioritized(Uniform):
             self.visits[x] += 1
 
     def figures(self) -> dict:
-        seen = self.visits > 0
-        counts = np.bincount(self.place, minlength=3)
-        rate = self.rate[seen] if seen.any() else np.zeros(1)
-        priority = self.priority[seen] if seen.any() else np.zeros(1)
-        return {
-            "heap": int(counts[self.HEAP]),
-            "solved_pool": int(counts[self.SOLVED]),
-            "unsolved_pool": int(counts[self.UNSOLVED]),
-            "flips_solved": int(self.flips[0]),
-            "flips_unsolved": int(self.flips[1]),
-            "rate_mean": float(rate.mean()),
-            "rate_spread": float(rate.std()),
-            "priority_mean": float(priority.mean()),
-            "prompt_uses": np.bincount(self.visits[seen] - 1, minlength=1).tolist(),
-        }
+        return pool_figures(self)
 
 
 # ---------------------------------------------------------------- what a step trains on besides its useful groups
 
 
 class ReplayStore(Saved):
-    """What the stores share: groups in `stored`, oldest first, and those that the latest batch drew from it."""
+    """What stores share: groups in `stored`, oldest first, and those that the latest batch drew."""
 
     STATE = ("stored",)
 
@@ -271,8 +259,8 @@ class ReplayStore(Saved):
 
 
 class DynamicSampling(ReplayStore):
-    """DAPO (2503.14476), a baseline. The loop generates again until the batch is full; useful groups that are
-    left over lead the next batch."""
+    """DAPO (2503.14476), a baseline. The loop generates again until the batch is full; useful groups that
+    are left over lead the next batch."""
 
     DECIDES = "places"  # what fills the places of dead groups
 
@@ -292,8 +280,8 @@ class GroupReplay(ReplayStore):
     1. The places of dead groups go to the stored useful groups, newest first, each of them whole.
     2. Then this step's useful groups are stored; beyond `group_capacity` groups the oldest go first.
 
-    What makes this right is the objective: importance weights pi_old / mu, and one clip around pi_old for fresh and stored
-    tokens alike (grpo.policy_loss). Groups of one step are stored in random order, so that luck of place decides nothing.
+    What makes this right is the objective: weights pi_old / mu, and one clip around pi_old for fresh and stored
+    tokens alike (grpo.policy_loss). Groups of one step are stored in random order: no luck of place.
     """
 
     DECIDES = "places"
@@ -327,11 +315,11 @@ class RolloutReplay(ReplayStore):
     """Rollout-level replay (2606.04560). Single answers are trained on again, while they are young:
 
     1. After `replay_warmup` steps, round(replay_ratio * B) stored answers join the B useful fresh ones,
-    2. drawn without replacement with chances that go with (|A| + 1e-6)^priority_exponent: rare outcomes have large advantages;
+    2. drawn without replacement, with chances that go with (|A| + 1e-6)^priority_exponent;
     3. an answer leaves when it is older than `max_age` steps; beyond `rollout_capacity` the oldest go first.
-    4. Tokens, log-probs and advantage stay as they were at birth; the clip is around the birth policy (--proximal birth).
+    4. Tokens, log-probs and advantage stay as they were at birth; the clip is around the birth policy.
 
-    With `mask_truncated`, answers cut at the length limit are not trained on, so they are neither stored nor counted.
+    Rare outcomes have large advantages. With `mask_truncated`, truncated answers are neither stored nor counted.
     """
 
     DECIDES = "extra"  # what is added to the batch
@@ -358,11 +346,13 @@ class RolloutReplay(ReplayStore):
         self.mask_truncated = mask_truncated
 
     def complete(self, useful: list[Group], places: int, step: int) -> list[Group]:
+        # Which stored answers are young enough, and how many of them there is a place for.
         young = [answer for answer in self.stored if step - answer.birth <= self.max_age]
         fresh = self.answers_of(useful)
         count = 0
         if step > self.replay_warmup:
             count = min(round(self.replay_ratio * len(fresh)), len(young))
+        # The draw.
         self.drawn = []
         if count:
             size = np.array([abs(float(answer.advantages[0])) for answer in young])

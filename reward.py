@@ -3,15 +3,15 @@ r"""Is this answer right? `grade(responses, golds)` says 1.0 or 0.0 for each.
 1. If the response contains `</think>`, only the text after the last one is scored. An open `<think>` scores 0.
 2. The answer is the content of the last `\boxed{...}`, braces matched; unclosed or empty scores 0.
 3. No box scores 0.
-4. Equality is mathematical and exact: 0.5 is 1/2, 0.333 is not 1/3. Lists are unordered, tuples ordered,
-   [2,5) is not [2,5], and all that is in the box counts: `5 \text{ or } 6` is not 5, nor is `7=5`.
-5. Units, degree, percent and currency signs may be there or not (5 cm is 5, though not 5 km). So may the name
-   in `x = 5` (though x = 5 is not y = 5) and the braces of a set.
-6. No response makes `grade` raise, costs more than 3 seconds of a processor and 1 GB, or costs another
-   response its score. A busy machine changes no score.
+4. Equality is mathematical and exact: 0.5 is 1/2, 0.333 is not 1/3. Lists are unordered, tuples ordered, [2,5) is
+   not [2,5], and all that is in the box counts: `5 \text{ or } 6` is not 5, nor is `7=5`.
+5. Units, degree, percent and currency signs may be there or not (5 cm is 5, though not 5 km). So may the name in `x
+   = 5` (though x = 5 is not y = 5) and the braces of a set.
+6. No response makes `grade` raise, costs more than 3 seconds of a processor and 1 GB, or costs another response its
+   score. A busy machine changes no score.
 
-What is equal is decided in tasks/answers.py, in child processes that tasks/grader.py can kill. Plain numbers
-and known pairs need no child.
+What is equal is decided in tasks/answers.py, in child processes that tasks/grader.py can kill. Plain numbers and
+known pairs need no child.
 """
 
 import importlib.util

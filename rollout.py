@@ -4,9 +4,9 @@
     sleep()                       before the update: gives up memory that the trainer can use
     sync(model) -> float          after it: takes the new weights, and returns how far the engine is off
 
-Every answer has a random stream of its own, from (seed, step, prompt, sample). So runs repeat, and an answer
-depends neither on the batch it was sampled in nor on the rank that sampled it. Sampling is at a temperature
-and nothing else: with top-p or top-k the log-probs would be those of another distribution.
+Every answer has a random stream of its own, from (seed, step, prompt, sample). So runs repeat, and an
+answer depends neither on the batch it was sampled in nor on the rank that sampled it. Sampling is at a
+temperature and nothing else: with top-p or top-k the log-probs would be those of another distribution.
 """
 
 import copy
@@ -18,7 +18,7 @@ import torch
 from grpo import Answer, Policy
 from replay import Group
 from support import decode, ranks, vllm_quirks
-from support.model import load_model
+from support.model import check_context, load_model
 from tasks.data import Prompt
 
 
@@ -96,7 +96,8 @@ SYNC_BOUND = {torch.float32: 0.05, torch.bfloat16: 1.0}
 
 
 class VLLMEngine:
-    """Samples with vLLM in the trainer's process, on a GPU or a CPU. Without a model, from the folder `path`.
+    """Samples with vLLM in the trainer's process, on a GPU or a CPU. Without a model, from the folder
+    `path`.
 
     It leaves a default process group behind. There may be one engine at a time: when one is collected as
     garbage, vLLM destroys the process groups of all.
@@ -182,8 +183,9 @@ class VLLMEngine:
         self.llm.llm_engine.engine_core.shutdown()
 
     def sync(self, model) -> float:
-        """Wakes up with the weights of `model`. Returns the largest difference between the engine's log-probs
-        and the trainer's over a few answers; EngineAstray if it is more than rounding can explain."""
+        """Wakes up with the weights of `model`. Returns the largest difference between the engine's
+        log-probs and the trainer's over a few answers; EngineAstray if it is more than rounding can
+        explain."""
         if not isinstance(model, Policy):
             model = Policy(model, str(self.dtype).removeprefix("torch."))
 
@@ -237,8 +239,8 @@ class VLLMEngine:
 
 
 def make_probes(vocabulary: int) -> list[Prompt]:
-    """The prompts of four tokens that a sync asks. Their ids come from the lower half of the vocabulary: the
-    upper end may be padding, which no tokenizer knows and no training has touched."""
+    """The prompts of four tokens that a sync asks. Their ids come from the lower half of the vocabulary:
+    the upper end may be padding, which no tokenizer knows and no training has touched."""
     probes = []
     for i in range(PROBES):
         ids = [(4 * i + j) % (vocabulary // 2) for j in range(4)]
@@ -247,8 +249,8 @@ def make_probes(vocabulary: int) -> list[Prompt]:
 
 
 def make_engine(kind: str, model, model_path: str, stop_ids, cfg) -> TransformersEngine | VLLMEngine:
-    """The engine named `kind`, or with "auto" the one for this machine; prints which and why. Its weights are
-    those of `model`, or where that is None of `model_path`. ValueError, in one line, if it cannot run."""
+    """The engine named `kind`, or with "auto" the one for this machine; prints which and why. Its weights
+    are those of `model`, or where that is None of `model_path`. ValueError, in one line, if it cannot run."""
     kind, why = choose_engine(kind)
     check_context(model, model_path, cfg)
     if kind == "vllm":
@@ -283,15 +285,3 @@ def choose_engine(kind: str) -> tuple[str, str]:
     if not installed:
         return "transformers", "vLLM is not installed"
     return "vllm", "CUDA GPU and vLLM are here"
-
-
-def check_context(model, model_path: str, cfg) -> None:
-    """ValueError if the longest prompt and answer together are more than the model can read."""
-    from transformers import AutoConfig
-
-    config = AutoConfig.from_pretrained(model_path) if model is None else model.config
-    context = getattr(config.get_text_config(), "max_position_embeddings", None)
-    wanted = cfg.max_prompt_tokens + cfg.max_tokens
-    if context and wanted > context:
-        what = f"{model_path} has a context of {context}, but prompt and answer may take {wanted}"
-        raise ValueError(f"{what}; lower --max-tokens, or in training --max-prompt-tokens")

@@ -1,6 +1,7 @@
 """Tests of the samplers (replay.py) and the stores (buffer.py) against what their papers ask for.
 
-A name such as test_prompt_replay_03_... is point 3 of "what an implementation must get right" for that paper:
+A name such as test_prompt_replay_03_... is point 3 of "what an implementation must get right" for that
+paper:
 
     prompt_replay     Prompt Replay, 2603.21177: points 1 to 14
     prioritized       Prioritized Replay, 2601.02648: points 1 to 12
@@ -49,8 +50,9 @@ class Step:
 
 
 def simulate(sampler, rates, steps, n=8, rng=None, lag=0, refills=()) -> list[Step]:
-    """Draws `n` prompts for each of `steps`, and then as many more as `refills` say; prompt x is answered rightly with
-    probability rates[x]. Results come in `lag` steps later; with lag 0 each request's before the next one."""
+    """Draws `n` prompts for each of `steps`, and then as many more as `refills` say; prompt x is answered
+    rightly with probability rates[x]. Results come in `lag` steps later; with lag 0 each request's before
+    the next one."""
     rng, history, pending = rng or np.random.default_rng(0), [], deque()
     for step in steps:
         parts = []
@@ -293,7 +295,8 @@ def test_prompt_replay_08_dead_groups_count_too(correct):
 
 @every_sampler
 def test_prompt_replay_09_numbers_only(make):
-    """A state is a few flat arrays with a number for each prompt, whatever G and however often it was visited."""
+    """A state is a few flat arrays with a number for each prompt, whatever G and however often it was
+    visited."""
     sampler = make(100)
     simulate(sampler, mixed_rates(100), range(1, 60))
     assert all(tensor.numel() <= 100 for tensor in tensors(sampler.state_dict()))
@@ -319,7 +322,8 @@ def test_prompt_replay_11_replay_does_not_advance_the_epoch(seed):
 
 
 def test_prompt_replay_11_passed_over_prompts_keep_their_turn():
-    """Those that are in the batch as replays when their turn comes are next in the following batch, in order."""
+    """Those that are in the batch as replays when their turn comes are next in the following batch, in
+    order."""
     order = [x for step in range(5) for x in Uniform(20, seed=2).draw(20, step)][:20]
     sampler = PromptReplay(20, seed=2, share=0.5, cooldown=1)
     know(sampler, {order[0]: 8, order[2]: 8})
@@ -690,8 +694,8 @@ def test_prioritized_10_a_draw_uses_what_has_been_recorded():
 
 
 def test_prioritized_11_without_priority_the_batches_are_the_baselines():
-    """Priority has no say as long as all have the same: in the first epoch, if the initial one is never outdone. After
-    that no setting turns it off but `--replay none`."""
+    """Priority has no say as long as all have the same: in the first epoch, if the initial one is never
+    outdone. After that no setting turns it off but `--replay none`."""
     for size, n in ((100, 10), (64, 16), (8, 8)):
         plain = Prioritized(size, seed=6, initial_priority=float("inf"), explore=0, retest_every=0)
         rates = mixed_rates(size)

@@ -1,4 +1,5 @@
-"""GRPO with replay: sample answers, score them 0 or 1, push towards the better ones, and spend rollouts where they teach.
+"""GRPO with replay: sample answers, score them 0 or 1, push towards the better ones, and spend rollouts where they
+teach.
 
     python train.py --replay                               the embedded model and task, on a CPU, in minutes
     python train.py --model Qwen/Qwen3-8B --replay         the real thing
@@ -26,13 +27,14 @@ import reward
 import rollout
 from replay import DynamicSampling, Group, GroupReplay, Prioritized, PromptReplay, RolloutReplay, Uniform
 from support import checkpoint, config, folder, log, plan, ranks
-from support.model import load_model, make_optimizer, use_varlen_attention
+from support.model import check_policy, load_model, make_optimizer, use_varlen_attention
 from tasks import prompts, tiny
 
 
 @dataclass(frozen=True)
 class Method:
-    """What `--replay NAME` stands for: its paper, its rules (classes, or "module:Class"), and what it sets otherwise."""
+    """What `--replay NAME` stands for: its paper, its rules (classes, or "module:Class"), and what it sets
+    otherwise."""
 
     about: str
     rules: tuple
@@ -58,21 +60,19 @@ METHODS["popo"] = METHODS["group"]
 
 @dataclass
 class Config:
-    """Every knob. A setting comes from, in rising order: the defaults here, which are the papers' at model scale; with the
-    embedded model tiny.SETTINGS; the method's settings; the command line. Comments are the flags' help."""
+    """Every knob. A setting comes from, in rising order: the defaults here, which are the papers' at model scale;
+    with the embedded model tiny.SETTINGS; the method's settings; the command line. Comments are the flags' help."""
 
     # ---- what is trained, and on what
     model: str = ""  # Hugging Face id or folder; without it the embedded model is made and trained
     data: str = ""  # polaris (the default), dolci, dapo, gsm8k, math; OWNER/NAME of Hugging Face; or a file
-    data_options: str = (
-        ""  # for the hub's load_dataset, as JSON, e.g. '{"name": "main", "split": "test", "revision": HASH}'
-    )
+    data_options: str = ""  # for the hub, as JSON: '{"name": "main", "split": "test", "revision": "HASH"}'
     problem_column: str | None = None  # column of the problem; found by itself if it has a usual name
     answer_column: str | None = None  # column of the gold answer; found by itself if it has a usual name
-    difficulty: tuple[float, float] = (0.0, 1.0)  # keep pass rates within, by the data's column `difficulty`
-    sharing: Literal["digits", "columns", "none"] = "digits"  # embedded task: facts that prompts share
-    keep_overlap: bool = False  # do not look for problems of the six evaluation sets in data of the hub
-    thinking: Literal["auto", "on", "off"] = "auto"  # enable_thinking of the chat template; auto: its own default
+    difficulty: tuple[float, float] = (0.0, 1.0)  # keep pass rates within, by the column `difficulty`
+    sharing: Literal["digits", "columns", "none"] = "digits"  # embedded task: what prompts share
+    keep_overlap: bool = False  # do not look for benchmark problems in data of the hub
+    thinking: Literal["auto", "on", "off"] = "auto"  # enable_thinking of the template
     max_prompts: int = 0  # train on the first so many prompts only; 0: all
     reward: str = "math"  # math, equation, random, always, format, or path/to/file.py:function
     # ---- the run
@@ -87,20 +87,20 @@ class Config:
     eval_samples: int = 1  # answers to each of them
     threads: int = 0  # CPU threads; 0: PyTorch's choice
     dry_run: bool = False  # print configuration, first prompt and memory plan, and end
-    gpus: str = ""  # with --dry-run: GPUs to plan for, as 8x80 for 8 of 80 GB; else those that are found
+    gpus: str = ""  # with --dry-run: GPUs to plan for, as 8x80 for 8 of 80 GB
     wandb: str = ""  # project of Weights & Biases to mirror metrics and samples in
-    tensorboard: bool = False  # mirror metrics and samples in tensorboard/ of the run's folder
+    tensorboard: bool = False  # mirror metrics and samples in tensorboard/ of the folder
     # ---- replay
     replay: str = "none"  # one of METHODS, or some with +; alone: prompt
     band: tuple[float, float] = (0.25, 0.75)  # prompt: pass rates that may come back, ends included
-    share: float = 0.75  # prompt, adaptive: largest share of a batch that may be replayed
+    share: float = 0.75  # prompt, adaptive: largest share of a batch that may come back
     cooldown: int = 10  # prompt, adaptive: least steps between two uses of a prompt
     max_reuse: int = 15  # prompt: most times a prompt comes back
     smoothing: float = 0.8  # prioritized: weight of the newest pass rate
     initial_priority: float = 0.2  # prioritized: p(1-p) ascribed to prompts never seen
     explore: float = 0.125  # prioritized: chance that a whole batch is drawn at random
-    retest_every: int = 10  # prioritized: steps between retests of solved and unsolved prompts; 0: none
-    retest_solved: float = 0.25  # prioritized: share of a retest batch that goes to solved prompts
+    retest_every: int = 10  # prioritized: steps between retests of the pools; 0: none
+    retest_solved: float = 0.25  # prioritized: share of a retest that goes to solved prompts
     max_rounds: int = 10  # dapo: most generation rounds a step
     group_capacity: int = 0  # group, adaptive: groups stored; 0: two steps' worth
     replay_ratio: float = 0.5  # rollout: stored answers added, per fresh useful one
@@ -109,7 +109,7 @@ class Config:
     replay_warmup: int = 20  # rollout: first steps, without replay
     rollout_capacity: int = 30_000  # rollout: answers stored
     # ---- rollouts
-    engine: Literal["auto", "vllm", "transformers"] = "auto"  # what generates; auto: vLLM on a GPU that has it
+    engine: Literal["auto", "vllm", "transformers"] = "auto"  # auto: vLLM on a GPU that has it
     prompts_per_step: int = 32  # P
     answers_per_prompt: int = 16  # G
     max_prompt_tokens: int = 1024  # longer prompts are left out and counted
@@ -117,38 +117,36 @@ class Config:
     temperature: float = 1.0  # of sampling; log-probs are taken at the same
     rollout_batch: int = 512  # answers decoded side by side
     gpu_memory: float = 0.45  # vLLM: its share of the GPU
-    vllm: str = ""  # vLLM: more of its own settings, as JSON, e.g. '{"enforce_eager": true}'
+    vllm: str = ""  # vLLM: more of its own settings, as JSON: '{"enforce_eager": true}'
     # ---- objective
-    advantage: Literal["centred", "std", "rloo"] = "centred"  # how rewards of a group become advantages
-    loss: Literal["clip", "cispo"] = "clip"  # PPO's clipped objective, or CISPO's clipped weight
-    ratio: Literal["token", "sequence"] = "token"  # level of the ratio; sequence is GSPO
-    normaliser: Literal["token", "sequence", "constant"] = "token"  # DAPO's token mean, GRPO's, or Dr. GRPO's
-    proximal: Literal["old", "birth"] = "old"  # clip around the step's first policy, or the one that sampled
+    advantage: Literal["centred", "std", "rloo"] = "centred"  # of a group's rewards
+    loss: Literal["clip", "cispo"] = "clip"  # PPO's objective, or CISPO's
+    ratio: Literal["token", "sequence"] = "token"  # sequence is GSPO's
+    normaliser: Literal["token", "sequence", "constant"] = "token"  # DAPO's, GRPO's, Dr. GRPO's
+    proximal: Literal["old", "birth"] = "old"  # clip around pi_old, or the birth policy
     clip_low: float = 0.2  # ratio may fall by this
     clip_high: float = 0.272  # ratio may rise by this
     dual_clip: float = 0.0  # bound on the loss of wrong answers grown likely; 0: none
     is_cap: float = 2.0  # truncation of importance weights; inf: none; 0: no weights
     kl: float = 0.0  # coefficient of a k3 KL to the initial model
-    mask_truncated: bool = False  # answers cut at the limit count in their group, but are not trained on
+    mask_truncated: bool = False  # do not train on answers cut at the limit
     # ---- optimiser
-    optimizer: Literal["adamw", "adamw8bit"] = "adamw"  # moments in float32, or in 8 bits (pip install torchao)
+    optimizer: Literal["adamw", "adamw8bit"] = "adamw"  # 8 bits: pip install torchao
     lr: float = 1e-6  # constant
-    betas: tuple[float, float] = (0.9, 0.95)  # AdamW's; 0.999 would average over more steps than most runs have
+    betas: tuple[float, float] = (0.9, 0.95)  # AdamW's; 0.999 spans more steps than most runs have
     weight_decay: float = 0.0  # AdamW's
     grad_clip: float = 1.0  # largest gradient norm
     minibatches: int = 1  # optimiser steps per pass over the batch
     epochs: int = 1  # passes over the batch
     tokens_per_microbatch: int = 16_384  # bounds the memory of the update
-    offload: Literal["auto", "on", "off"] = (
-        "auto"  # float32 weights and AdamW in host memory; auto: where a GPU lacks room
-    )
-    dtype: Literal["bfloat16", "float32"] = "bfloat16"  # of computation; weights are float32 always
-    gradient_checkpointing: bool = True  # make activations anew in the backward pass: a tenth of their memory
+    offload: Literal["auto", "on", "off"] = "auto"  # float32 weights and AdamW on the host
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"  # of computation; weights stay float32
+    gradient_checkpointing: bool = True  # a tenth of the activations' memory, for a third more time
 
 
 # what may differ between a run and its resumption
 FREE = {"out", "steps", "max_rollouts", "resume", "save_every", "eval_every", "rollout_batch", "gpu_memory", "vllm"}
-FREE |= {"dry_run", "gpus", "wandb", "tensorboard"}
+FREE |= {"offload", "dry_run", "gpus", "wandb", "tensorboard"}
 
 
 # ---------------------------------------------------------------- before the first step
@@ -204,9 +202,10 @@ class Run:
         ranks.barrier()
         model, self.tokenizer, stop_ids = load_model(path, cfg.gradient_checkpointing)
         self.policy = grpo.Policy(model, cfg.dtype)
-        grpo.check_policy(self.policy)
+        check_policy(self.policy)
         use_varlen_attention(model)
-        self.prompts, self.held_out = prompts.load_prompts(cfg, self.tokenizer)
+        self.prompts, held_out = prompts.load_prompts(cfg, self.tokenizer)
+        self.held_out = held_out if cfg.eval_every else []
         self.digest = prompts.digest(self.prompts)  # a run is resumed on the data it was started on
         self.gauge = log.Gauge(len(self.prompts))
 
@@ -259,8 +258,8 @@ def generate(run: Run, numbers: list[int], step: int) -> list[Group]:
 
 
 def score(run: Run, groups: list[Group]) -> list[Group]:
-    """Sets rewards and advantages of this rank's `groups`. Returns those of all ranks: every rank knows all groups, so
-    that samplers and stores stay the same everywhere."""
+    """Sets rewards and advantages of this rank's `groups`. Returns those of all ranks: every rank knows all
+    groups, so that samplers and stores stay the same everywhere."""
     started = perf_counter()
     golds = [run.prompts[group.prompt].answer for group in groups]
     for group, values in zip(groups, reward.of_groups(groups, golds, run.tokenizer, run.reward), strict=True):
@@ -318,10 +317,9 @@ def train(run: Run) -> int:
     """The loop. Returns the signal that ended it early, or 0."""
     cfg = run.cfg
     places = cfg.prompts_per_step
-    evaluates = bool(cfg.eval_every and run.held_out)
     stop = ranks.Stop()
     first = {}
-    if evaluates and run.step == 0:
+    if run.held_out and run.step == 0:
         first = {"eval_accuracy_start": evaluate(run)}
     progress = log.progress(run)
     for step in progress:
@@ -363,7 +361,7 @@ def train(run: Run) -> int:
         row = record(run, step, groups, batch, trained) | first
         first = {}
         last = step >= cfg.steps or 0 < cfg.max_rollouts <= run.rollouts
-        if evaluates and (last or step % cfg.eval_every == 0):
+        if run.held_out and (last or step % cfg.eval_every == 0):
             row["eval_accuracy"] = evaluate(run)
         log.write(run, row, progress, groups)
         ended_by = stop.agreed()

@@ -6,17 +6,18 @@
     python -m lab.compare --methods none prompt --lrs 1e-4 5e-4 2e-3     each rate, and the best for each method
     python -m lab.compare out/run1 out/run2 ...                          runs that are there already
 
-Runs of one seed share initial model, prompt order, sampling noise of equal answers, and evaluation. The first method is
-the baseline (of given folders: plain GRPO). Everything is read from the runs' config.json and metrics.jsonl; a finished
-run is not run again.
+Runs of one seed share initial model, prompt order, sampling noise of equal answers, and evaluation. The
+first method is the baseline (of given folders: plain GRPO). Everything is read from the runs' config.json
+and metrics.jsonl; a finished run is not run again.
 
-The arms share one objective: advantage, clip_high, dual_clip and normaliser are the baseline's, unless they are given
-after -- or by an arm itself. With --as-in-papers each method brings its own. Every setting in which arms differ stands
-under the table.
+The arms share one objective: advantage, clip_high, dual_clip and normaliser are the baseline's, unless they
+are given after -- or by an arm itself. With --as-in-papers each method brings its own. Every setting in
+which arms differ stands under the table.
 
-Accuracy at a cost is the mean over the last fifth of it, by straight lines between evaluations: the same stretch for
-all runs, however far apart their evaluations are. Differences are paired by seed, with Student's t intervals; p values
-are Holm-corrected over the methods of a table. Writes results.md, results.json and results.png.
+Accuracy at a cost is the mean over the last fifth of it, by straight lines between evaluations: the same
+stretch for all runs, however far apart their evaluations are. Differences are paired by seed, with
+Student's t intervals; p values are Holm-corrected over the methods of a table. Writes results.md,
+results.json and results.png.
 """
 
 import json
@@ -65,7 +66,8 @@ class Flags:
 
 
 def settings_of(argv: list[str]):
-    """The configuration that train.py makes of `argv`, and the names of the settings that they give by hand."""
+    """The configuration that train.py makes of `argv`, and the names of the settings that they give by
+    hand."""
     from train import METHODS, Config
 
     argv = config.with_value(argv, "replay", "prompt")
@@ -84,7 +86,8 @@ def check_run(cfg) -> None:
 
 
 def read_run(folder: Path) -> dict:
-    """One run: `points`, with cumulative costs and accuracy at each evaluation, and the means of its health figures."""
+    """One run: `points`, with cumulative costs and accuracy at each evaluation, and the means of its health
+    figures."""
     settings = json.loads((folder / "config.json").read_text())
     rows = pd.DataFrame(plot.read(folder / "metrics.jsonl"))
     if rows["step"].tolist() != list(range(1, len(rows) + 1)):
@@ -151,8 +154,8 @@ def cost_to_reach(run: dict, level: float, cost: str = "rollouts") -> float | No
 
 
 def analyse(runs: list[dict], methods: list[str]) -> dict:
-    """Every figure of the table. `runs` of `methods`, the first of which is the baseline, paired by seed. ValueError
-    where they cannot be paired."""
+    """Every figure of the table. `runs` of `methods`, the first of which is the baseline, paired by seed.
+    ValueError where they cannot be paired."""
     by_method = {method: {run["seed"]: run for run in runs if run["method"] == method} for method in methods}
     if len(runs) > sum(len(arm) for arm in by_method.values()):
         raise ValueError("two of the runs have the same method and seed; give one of each, at the same other settings")
@@ -202,7 +205,8 @@ def paired(measure, arm: list[dict], base: list[dict], cost: str, budget: float)
 
 
 def reach(arm: list[dict], base: list[dict], level: float) -> dict:
-    """Log of the rollouts to `level` relative to the baseline's, over the `both` seeds in which both reached it."""
+    """Log of the rollouts to `level` relative to the baseline's, over the `both` seeds in which both
+    reached it."""
     logs = []
     for run, other in zip(arm, base, strict=True):
         ours = cost_to_reach(run, level)
@@ -222,7 +226,8 @@ def curve(arm: list[dict], cost: str) -> dict:
 
 
 def differing_settings(runs: list[dict], methods: list[str]) -> dict[str, dict[str, str]]:
-    """Each method's value of every setting that is not the same for all; a/b where runs of one method differ."""
+    """Each method's value of every setting that is not the same for all; a/b where runs of one method
+    differ."""
     names = sorted({name for run in runs for name in run["config"]} - KEEPING)
     found = {}
     for name in names:
@@ -236,7 +241,8 @@ def differing_settings(runs: list[dict], methods: list[str]) -> dict[str, dict[s
 
 
 def measure_of(runs: list[dict]) -> str:
-    """What was evaluated. Without sharing no prompt teaches another, and training prompts stand for held-out ones."""
+    """What was evaluated. Without sharing no prompt teaches another, and training prompts stand for
+    held-out ones."""
     unshared = any(not run["config"].get("model") and run["config"].get("sharing") == "none" for run in runs)
     return "accuracy on the training prompts" if unshared else "held-out accuracy"
 
@@ -250,8 +256,9 @@ def load_of(runs: list[dict]) -> dict:
 
 
 def choose_rates(by_lr: dict[str, list[dict]], methods: list[str]) -> tuple[list[dict], dict]:
-    """Each method's runs at a learning rate of its own, by one rule: seeds of one half of all are taken at the rate
-    whose mean accuracy on the way to the budget was best in the other half. Returns them and the rates chosen."""
+    """Each method's runs at a learning rate of its own, by one rule: seeds of one half of all are taken at
+    the rate whose mean accuracy on the way to the budget was best in the other half. Returns them and the
+    rates chosen."""
     everything = [run for runs in by_lr.values() for run in runs]
     seeds = sorted({run["seed"] for run in everything})
     budget = min(spent(run, "rollouts") for run in everything)
@@ -290,7 +297,8 @@ def is_complete(folder: Path, flags: list[str]) -> bool:
 
 
 def one_run(folder: Path, flags: list[str]) -> None:
-    """In a process of its own, with its console in log.txt, and the machine's load before and after in load.json."""
+    """In a process of its own, with its console in log.txt, and the machine's load before and after in
+    load.json."""
     os.setsid()  # Ctrl-C is for the parent, which ends its runs once; twice would be at once, with nothing saved
     with open(folder / "log.txt", "w") as console:
         os.dup2(console.fileno(), 1)
@@ -368,7 +376,8 @@ def arms_of(flags: Flags) -> dict[str, list[str]]:
 
 
 def equal_objective(arms: dict[str, list[str]], extra: list[str]) -> list[str]:
-    """Flags that give every arm the baseline's objective; those after -- may have set it. Says so in one line."""
+    """Flags that give every arm the baseline's objective; those after -- may have set it. Says so in one
+    line."""
     baseline = next(iter(arms))
     cfg, _ = settings_of([*extra, *arms[baseline]])
     values = {name: getattr(cfg, name) for name in OBJECTIVE}
@@ -413,7 +422,8 @@ def run_or_read(flags: Flags, arms: dict[str, list[str]], extra: list[str]) -> d
 
 
 def write_results(out: Path, name: str, runs: list[dict], methods: list[str], command: str, **more) -> dict:
-    """Prints the table; writes it, its numbers and the figure as `name`.md, .json and .png. Returns the numbers."""
+    """Prints the table; writes it, its numbers and the figure as `name`.md, .json and .png. Returns the
+    numbers."""
     result = analyse(runs, methods) | more
     result["measure"] = measure_of(runs)
     result["differences"] = differing_settings(runs, methods)
@@ -438,7 +448,8 @@ def write_overview(out: Path, results: dict[str, dict]) -> None:
 
 
 def compare(flags: Flags, extra: list[str], command: str) -> None:
-    """Runs or reads, and writes a table for each learning rate; for several, the tuned one and an overview too."""
+    """Runs or reads, and writes a table for each learning rate; for several, the tuned one and an overview
+    too."""
     arms = arms_of(flags)
     by_lr = run_or_read(flags, arms, extra)
     methods = list(arms)

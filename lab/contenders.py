@@ -1,7 +1,7 @@
 """What lab/bench.py measures: pairs of contenders, ours and a peer, each run in a process of its own.
 
-Update and vLLM are of a size that a GPU is worth: Qwen3-8B's shape with as many layers as leave room for AdamW, and a
-random Qwen3 of 0.6 B. On a CPU they run small, so that they are known to work.
+Update and vLLM are of a size that a GPU is worth: Qwen3-8B's shape with as many layers as leave room for
+AdamW, and a random Qwen3 of 0.6 B. On a CPU they run small, so that they are known to work.
 """
 
 import json
@@ -112,7 +112,8 @@ def make_answer(prompt: tuple[int, ...], tokens: torch.Tensor) -> Answer:
 
 
 def seconds(work, repetitions: int = 1) -> float:
-    """Wall seconds of one `work`, which has been run once before; on a CPU the CPU's, as other work may be about."""
+    """Wall seconds of one `work`, which has been run once before; on a CPU the CPU's, as other work may be
+    about."""
     clock = time.perf_counter if GPU else time.process_time
     work()
     if GPU:
@@ -399,7 +400,8 @@ def layers_that_fit(shape: dict) -> int:
 
 
 def operations(model, shape: dict, answers: list[Answer]) -> float:
-    """The arithmetic that an update of `model` on `answers` needs: what checkpointing does again does not count."""
+    """The arithmetic that an update of `model` on `answers` needs: what checkpointing does again does not
+    count."""
     outside = shape["vocab_size"] * shape["hidden_size"]
     tables = 1 if shape.get("tie_word_embeddings") else 2
     inside = sum(p.numel() for p in model.parameters()) - tables * outside
@@ -510,8 +512,8 @@ def on_vllm(work) -> dict:
 
 
 def contender_vllm_both() -> dict[str, list[float]]:
-    """Tokens a wall second, in turn: the engine as it is used, and `LLM.generate` of the same engine without seeds and
-    log-probs."""
+    """Tokens a wall second, in turn: the engine as it is used, and `LLM.generate` of the same engine
+    without seeds and log-probs."""
     return on_vllm(speeds_of_both)
 
 

@@ -2,8 +2,8 @@
 
     python -m lab.figures     makes docs/figures/*.png, and the tables of README.md and docs/, anew in seconds
 
-The documentation's numbers are those of lab/results/. Every table is written to docs/tables/NAME.md. A page shows one
-by the two lines below, and what stands between them is replaced:
+The documentation's numbers are those of lab/results/. Every table is written to docs/tables/NAME.md. A page
+shows one by the two lines below, and what stands between them is replaced:
 
     <!-- table: none -->
     <!-- end of table -->
@@ -35,7 +35,8 @@ DOCS = ROOT / "docs"
 
 
 def measure_of(result: dict) -> str:
-    """What `accuracy` means in `result`. Where no prompt teaches another, none is held out that could be learnt."""
+    """What `accuracy` means in `result`. Where no prompt teaches another, none is held out that could be
+    learnt."""
     if "measure" in result:
         return result["measure"]
     return "accuracy on the training prompts" if "--sharing none" in result["command"] else "held-out accuracy"
@@ -57,7 +58,8 @@ def points_of(test: dict) -> str:
 
 
 def results_table(result: dict) -> str:
-    """Everything about one comparison, in Markdown: accuracy, cost of an accuracy, settings that differ, load."""
+    """Everything about one comparison, in Markdown: accuracy, cost of an accuracy, settings that differ,
+    load."""
     parts = [accuracy_table(result), reach_table(result)]
     if "differences" in result:
         parts.append(differences_list(result))
@@ -89,7 +91,8 @@ def accuracy_table(result: dict) -> str:
 
 
 def reach_table(result: dict) -> str:
-    """Rollouts to reach levels of accuracy, for the levels that some method reached with two seeds, and health."""
+    """Rollouts to reach levels of accuracy, for the levels that some method reached with two seeds, and
+    health."""
     base = result["baseline"]
     entries = result["methods"]
     levels = [x for x in entries[base]["reach"] if any(e["reach"][x]["both"] > 1 for e in entries.values())]
@@ -197,7 +200,8 @@ def tidy(axis, *sides: str) -> None:
 
 
 def comparison(result: dict, path: Path) -> Path:
-    """Accuracy over rollouts and over seconds. With four seeds or more: the mean and its 95 % band; else the runs."""
+    """Accuracy over rollouts and over seconds. With four seeds or more: the mean and its 95 % band; else
+    the runs."""
     figure, axes = new_figure(1, 2, (10, 5.2), sharey=True)
     colours = plot.colours_of(list(result["methods"]))
     for axis, cost in zip(axes[0], ("rollouts", "seconds"), strict=True):
@@ -237,8 +241,8 @@ def at_most_four(results: dict[str, dict]) -> dict[str, dict]:
 
 
 def forest(results: dict[str, dict], path: Path, title: str = "") -> Path:
-    """Differences to the baseline at equal rollouts with 95 % intervals: a panel for each learning rate, a row for each
-    method. A hollow mark: Holm's p is not below 0.05."""
+    """Differences to the baseline at equal rollouts with 95 % intervals: a panel for each learning rate, a
+    row for each method. A hollow mark: Holm's p is not below 0.05."""
     first = next(iter(results.values()))
     base = first["baseline"]
     methods = [method for method in first["methods"] if method != base]
@@ -278,8 +282,9 @@ def draw_difference(axis, row: int, test: dict, colour: str) -> None:
 
 
 def regimes(cells: list[dict], path: Path, rules: list[str], interference: float) -> Path:
-    """Rollouts to two thirds of uniform sampling's gain, relative to it, over step per visit and sharing: a panel for
-    each of at most four rules, at one interference. Grey: less than two standard errors from no difference."""
+    """Rollouts to two thirds of uniform sampling's gain, relative to it, over step per visit and sharing: a
+    panel for each of at most four rules, at one interference. Grey: less than two standard errors from no
+    difference."""
     from matplotlib.colors import LinearSegmentedColormap
 
     rules = rules[:PANELS]
@@ -367,7 +372,8 @@ def tables() -> dict[str, str]:
 
 
 def filled(page: str, made: dict[str, str]) -> str:
-    """`page` with what stands between the marks of each table replaced. ValueError for a name that is not known."""
+    """`page` with what stands between the marks of each table replaced. ValueError for a name that is not
+    known."""
 
     def table(match: re.Match) -> str:
         name = match[1]

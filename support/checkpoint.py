@@ -6,8 +6,8 @@
         state.pt                all that the ranks share: sampler, stores, gauge, counts, settings
         manifest.json           the SHA-256 of every other file
 
-Two checkpoints are kept. One that is damaged is told from a whole one by its manifest, and the one before is taken.
-A checkpoint may come from a stranger: nothing of it is unpickled but data.
+Two checkpoints are kept. One that is damaged is told from a whole one by its manifest, and the one before
+is taken. A checkpoint may come from a stranger: nothing of it is unpickled but data.
 """
 
 import fcntl
@@ -50,7 +50,8 @@ warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or
 
 
 def choose_folder(cfg, parent: Path) -> Path:
-    """--out, or the first free out/MODEL-METHOD-sSEED; with --resume the newest of them that has a checkpoint.
+    """--out, or the first free out/MODEL-METHOD-sSEED; with --resume the newest of them that has a
+    checkpoint.
 
     ValueError for a folder that is no run's, that holds another run, or in which one is going on.
     """
@@ -97,7 +98,8 @@ def is_run(folder: Path) -> bool:
 
 
 def claim(folder: Path, cfg) -> Path:
-    """Makes the folder and locks it; takes the next free one, if another run has taken it since it was chosen.
+    """Makes the folder and locks it; takes the next free one, if another run has taken it since it was
+    chosen.
 
     For rank 0. Call `resume` first: it looks for a run that is there.
     """
@@ -119,8 +121,9 @@ held: dict[Path, object] = {}  # the open lock files of this process
 def lock(folder: Path) -> None:
     """Takes the folder for this process, for as long as it lives. ValueError if another one has it.
 
-    A record lock: the system drops it when the process dies, however it dies, and children do not inherit it, so
-    that none that outlives its parent keeps it. (Closing any other handle of the file would drop it, too.)
+    A record lock: the system drops it when the process dies, however it dies, and children do not inherit
+    it, so that none that outlives its parent keeps it. (Closing any other handle of the file would drop it,
+    too.)
     """
     if folder.resolve() in held:
         return
@@ -253,7 +256,8 @@ def set_aside(path: Path) -> Path:
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    """The checkpoints in a run's folder checkpoints/, newest first; copies and links that users make are none."""
+    """The checkpoints in a run's folder checkpoints/, newest first; copies and links that users make are
+    none."""
     found = []
     for path in folder.glob("step-*"):
         if re.fullmatch(r"step-\d{8,}", path.name) and path.is_dir() and not path.is_symlink():
@@ -262,15 +266,17 @@ def checkpoints(folder: Path) -> list[Path]:
 
 
 def newest(folder: Path) -> Path | None:
-    """The newest checkpoint of a run. It is written as *.partial and renamed, so that it is whole, unless damaged."""
+    """The newest checkpoint of a run. It is written as *.partial and renamed, so that it is whole, unless
+    damaged."""
     return next(iter(checkpoints(folder / "checkpoints")), None)
 
 
 def resume(run, free: set[str]) -> None:
     """Brings `run` to where its newest whole checkpoint was. free: settings that may have changed since.
 
-    Without any checkpoint, a run that was stopped before its first one starts anew. ValueError, in one line, where
-    there is no run, where another process is in it, and for every setting that matters and has changed.
+    Without any checkpoint, a run that was stopped before its first one starts anew. ValueError, in one
+    line, where there is no run, where another process is in it, and for every setting that matters and has
+    changed.
     """
     paths = ranks.from_main(checkpoints(run.folder / "checkpoints"))
     if not paths and not ranks.from_main(is_run(run.folder)):
@@ -351,7 +357,8 @@ def fault(folder: Path) -> str:
 
 
 def load(run, path: Path, free: set[str]) -> None:
-    """Fills `run` from a checkpoint. ValueError for other settings, other prompts, or contents that do not fit."""
+    """Fills `run` from a checkpoint. ValueError for other settings, other prompts, or contents that do not
+    fit."""
     try:
         state = torch.load(path / "state.pt", weights_only=True)
         check_same(run, state["config"], state["digest"], free)
@@ -403,7 +410,8 @@ def check_same(run, before: dict, digest: str, free: set[str]) -> None:
 
 
 class DataOnly(pickle.Unpickler):
-    """Unpickles what torch.distributed.checkpoint writes about a checkpoint, and refuses whatever else is named.
+    """Unpickles what torch.distributed.checkpoint writes about a checkpoint, and refuses whatever else is
+    named.
 
     torch reads it with a plain `pickle.load`, which runs any function that a pickle names.
     """
@@ -436,7 +444,8 @@ def check_metadata(path: Path) -> None:
 
 
 class Reader(dcp.FileSystemReader):
-    """Reads the description that `check_metadata` has seen; torch itself would then try another file, by rank."""
+    """Reads the description that `check_metadata` has seen; torch itself would then try another file, by
+    rank."""
 
     def read_metadata(self, *args, **kwargs) -> metadata.Metadata:
         return super().read_metadata()

@@ -74,9 +74,11 @@ def flag(name: str) -> str:
 
 
 def parse(kind: type, argv: list[str], description: str, default=None) -> tuple[object, list[str]]:
-    """A `kind` (a dataclass whose trailing comments are its flags' help) from `argv`, and the names given by hand.
+    """A `kind` (a dataclass whose trailing comments are its flags' help) from `argv`, and the names given
+    by hand.
 
-    default: an instance whose values hold where no flag is given. A mistake ends the program with exit code 2.
+    default: an instance whose values hold where no flag is given. A mistake ends the program with exit code
+    2.
     """
     config = tyro.cli(kind, args=argv, description=description, default=default)
     names = [field.name for field in dataclasses.fields(kind)]
@@ -103,8 +105,8 @@ def value_of(argv: list[str], name: str, default: str = "") -> str:
 
 
 def preset(kind: type, argv: list[str], embedded: dict, methods: dict):
-    """The defaults of train.py that hold for this command line: `embedded` where no model is named, and what the methods
-    named by --replay set, in the order of `methods`, whatever the order they are named in."""
+    """The defaults of train.py that hold for this command line: `embedded` where no model is named, and
+    what the methods named by --replay set, in the order of `methods`, whatever the order they are named in."""
     settings = {"data": "polaris"} if value_of(argv, "model") else dict(embedded)
     chosen = value_of(argv, "replay", "none").split("+")
     for name, method in methods.items():
@@ -142,7 +144,8 @@ def check(config) -> None:
 
 
 def check_training(config) -> None:
-    """ValueError, in one line, for settings of train.py that are out of bounds, or cannot be meant together."""
+    """ValueError, in one line, for settings of train.py that are out of bounds, or cannot be meant
+    together."""
     check(config)
     if config.dual_clip and config.dual_clip <= 1:
         raise ValueError(f"--dual-clip must be above 1 (or 0: none), got {config.dual_clip}")
@@ -158,7 +161,8 @@ def check_training(config) -> None:
 
 
 def load_class(name: str) -> type:
-    """The class in `module:Class`, or in a user's `path/to/file.py:Class`. ValueError or FileNotFoundError in one line."""
+    """The class in `module:Class`, or in a user's `path/to/file.py:Class`. ValueError or FileNotFoundError
+    in one line."""
     place, _, kind = name.rpartition(":")
     if place.endswith(".py"):
         if not os.path.isfile(place):

@@ -1,13 +1,13 @@
 """Sampling with transformers: answers to a batch of prompts, with a KV cache, token by token.
 
-It draws what the plain loop of 25 lines draws that lesson 1 shows: a forward pass over all answers, one token
-for each, until all have ended. It is quicker by one trick: **every distinct prefix is decoded once.** The n
-answers to a prompt are equal up to the token where they part, and reading equal tokens n times gives n equal
-rows of logits. So the batch that runs through the model has one row for each distinct prefix: one a prompt at
-first, and more as answers part. `row` says which of these rows each answer continues. After each token, equal
-pairs of (row, token) are joined; the KV cache is copied where a row has several successors, and dropped where
-it has none. Short answers over a small vocabulary, as in the embedded task, stay together for long. Long
-answers part early, and nothing is lost.
+It draws what the plain loop of 25 lines draws that lesson 1 shows: a forward pass over all answers, one
+token for each, until all have ended. It is quicker by one trick: **every distinct prefix is decoded once.**
+The n answers to a prompt are equal up to the token where they part, and reading equal tokens n times gives
+n equal rows of logits. So the batch that runs through the model has one row for each distinct prefix: one a
+prompt at first, and more as answers part. `row` says which of these rows each answer continues. After each
+token, equal pairs of (row, token) are joined; the KV cache is copied where a row has several successors,
+and dropped where it has none. Short answers over a small vocabulary, as in the embedded task, stay together
+for long. Long answers part early, and nothing is lost.
 """
 
 import numpy as np

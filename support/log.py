@@ -1,4 +1,5 @@
-"""What a run writes down: figures of each step, lines on the console, metrics.jsonl, samples.jsonl and their mirrors.
+"""What a run writes down: figures of each step, lines on the console, metrics.jsonl, samples.jsonl and
+their mirrors.
 
 A group here is any record with prompt, tokens, logprobs, truncated, rewards and `dead`, as replay.Group is.
 """
@@ -22,7 +23,8 @@ from support.state import Saved
 
 
 def write_aside(path: Path, text: str) -> None:
-    """Writes a whole file under another name and renames it: a kill or a full disk leaves the old file as it was."""
+    """Writes a whole file under another name and renames it: a kill or a full disk leaves the old file as
+    it was."""
     aside = path.with_name(path.name + ".partial")
     with open(aside, "w", encoding="utf-8") as file:
         file.write(text)
@@ -44,7 +46,8 @@ def append(path: Path, rows: list[dict]) -> None:
 def forget_after(path: Path, step: int) -> None:
     """Drops the rows that were written after the checkpoint at `step`, so that they are not there twice.
 
-    A last line that a kill or a full disk has torn is cut off. ValueError, in one line, for any other that is no row.
+    A last line that a kill or a full disk has torn is cut off. ValueError, in one line, for any other that
+    is no row.
     """
     if not path.exists():
         return
@@ -84,10 +87,12 @@ def commit() -> str:
 
 
 def rollout_figures(groups: list, replays: set[int]) -> dict:
-    """What the answers generated in this step were like; `replays` are the prompts that the sampler brought back.
+    """What the answers generated in this step were like; `replays` are the prompts that the sampler brought
+    back.
 
-    Shares are of groups, `truncated` of answers. pass_rates_*: [G + 1] numbers of groups with 0 .. G right answers.
-    entropy: nats per token, estimated by -log mu of the sampled tokens at their temperature, dead groups included.
+    Shares are of groups, `truncated` of answers. pass_rates_*: [G + 1] numbers of groups with 0 .. G right
+    answers. entropy: nats per token, estimated by -log mu of the sampled tokens at their temperature, dead
+    groups included.
     """
     rewards = torch.stack([group.rewards for group in groups])  # [P, G]
     dead = torch.tensor([group.dead for group in groups]).float()
@@ -120,7 +125,8 @@ def rollout_figures(groups: list, replays: set[int]) -> dict:
 
 
 def reuse(kind: str, drawn: list, step: int) -> dict:
-    """How old, and how often used, the groups or answers are that a store brought back; histograms from 0 up."""
+    """How old, and how often used, the groups or answers are that a store brought back; histograms from 0
+    up."""
     ages = [step - group.birth for group in drawn]
     uses = [group.uses for group in drawn]
     return {
@@ -129,12 +135,31 @@ def reuse(kind: str, drawn: list, step: int) -> dict:
     }
 
 
+def pool_figures(sampler) -> dict:
+    """Of replay.Prioritized: where prompts are, how many left the pools, and their pass rates and priorities."""
+    seen = sampler.visits > 0
+    counts = np.bincount(sampler.place, minlength=3)
+    rate = sampler.rate[seen] if seen.any() else np.zeros(1)
+    priority = sampler.priority[seen] if seen.any() else np.zeros(1)
+    return {
+        "heap": int(counts[sampler.HEAP]),
+        "solved_pool": int(counts[sampler.SOLVED]),
+        "unsolved_pool": int(counts[sampler.UNSOLVED]),
+        "flips_solved": int(sampler.flips[0]),
+        "flips_unsolved": int(sampler.flips[1]),
+        "rate_mean": float(rate.mean()),
+        "rate_spread": float(rate.std()),
+        "priority_mean": float(priority.mean()),
+        "prompt_uses": np.bincount(sampler.visits[seen] - 1, minlength=1).tolist(),
+    }
+
+
 class Gauge(Saved):
     """How far a visit moves a prompt: the change of its pass rate from one visit to the next.
 
-    Visits by replay and by the epochs are kept apart. Replay pays where the change is small (lab/LOG.md), so that
-    a run can tell whether it does. Prompts are brought back for their measured rate, which luck is part of: some of
-    their change is luck going away.
+    Visits by replay and by the epochs are kept apart. Replay pays where the change is small (lab/LOG.md),
+    so that a run can tell whether it does. Prompts are brought back for their measured rate, which luck is
+    part of: some of their change is luck going away.
     """
 
     STATE = ("rate", "sums")
@@ -144,8 +169,8 @@ class Gauge(Saved):
         self.sums = np.zeros(6)  # number, sum and sum of squares of changes: by the epochs, by replay
 
     def observe(self, groups: list, replays: set[int]) -> dict:
-        """Takes in the groups of a step. Returns, over all steps so far, the mean change with its standard error and the
-        number of changes, for visits of which there were some."""
+        """Takes in the groups of a step. Returns, over all steps so far, the mean change with its standard
+        error and the number of changes, for visits of which there were some."""
         for group in groups:
             rate = float(group.rewards.mean())
             change = rate - self.rate[group.prompt]
@@ -203,7 +228,8 @@ def samples(run, groups: list, step: int, count: int = 2) -> list[dict]:
 
 
 def write(run, row: dict, progress, groups: list) -> None:
-    """One step to metrics.jsonl, to the console, and on evaluation steps some answers of `groups` to samples.jsonl."""
+    """One step to metrics.jsonl, to the console, and on evaluation steps some answers of `groups` to
+    samples.jsonl."""
     if ranks.RANK > 0:
         return
     append(run.folder / "metrics.jsonl", [row])
@@ -218,10 +244,11 @@ def write(run, row: dict, progress, groups: list) -> None:
 
 
 class Mirror:
-    """Copies of metrics.jsonl and samples.jsonl in TensorBoard and, synchronised from there, in Weights & Biases.
+    """Copies of metrics.jsonl and samples.jsonl in TensorBoard and, synchronised from there, in Weights &
+    Biases.
 
-    Without either it does nothing. ValueError, in one line, at once where a package is missing, and from `start` where
-    wandb cannot begin a run.
+    Without either it does nothing. ValueError, in one line, at once where a package is missing, and from
+    `start` where wandb cannot begin a run.
     """
 
     def __init__(self, project: str = "", tensorboard: bool = False):
@@ -245,7 +272,8 @@ class Mirror:
             self.writer = SummaryWriter
 
     def start(self, folder: Path, settings: dict, step: int) -> None:
-        """Begins, or goes on after `step`; what an interrupted run wrote later is dropped, as far as they allow."""
+        """Begins, or goes on after `step`; what an interrupted run wrote later is dropped, as far as they
+        allow."""
         # wandb first: it watches the writers that are opened after it
         if self.wandb:
             id_file = folder / "wandb-id"  # the run in wandb that belongs to this folder
@@ -318,7 +346,8 @@ def missing(flag: str, package: str, error: ImportError) -> str:
 
 
 def evaluated_on(cfg) -> str:
-    """What an accuracy of this run is called: the embedded task that shares nothing has no held-out prompts."""
+    """What an accuracy of this run is called: the embedded task that shares nothing has no held-out
+    prompts."""
     return "on the training prompts" if cfg.sharing == "none" else "held-out"
 
 
@@ -389,7 +418,8 @@ def summary(rows: list[dict], evaluated: str = "held-out") -> str:
 
 
 def advice(gain: float, error: float) -> str:
-    """What the gauge means for replay in this run; the bounds come from lab/simulate.py and the embedded task."""
+    """What the gauge means for replay in this run; the bounds come from lab/simulate.py and the embedded
+    task."""
     near_a_bound = abs(gain - 0.1) < 2 * error or abs(gain - 0.25) < 2 * error
     if near_a_bound or error > 0.05 or gain < 2 * error:
         return "too few visits, or too little learnt by them, to say what that means for replay"

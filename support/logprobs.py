@@ -18,10 +18,11 @@ import torch
 
 
 class _ChunkedLogProb(torch.autograd.Function):
-    """log-prob and entropy of targets from hidden states, a chunk of tokens at a time: [N, V] logits never exist.
+    """log-prob and entropy of targets from hidden states, a chunk of tokens at a time: [N, V] logits never
+    exist.
 
-    It equals torch.utils.checkpoint over log_softmax of each chunk (tests/test_logprobs.py has that version as an oracle),
-    at half of its time and memory, because the backward pass needs no second log_softmax.
+    It equals torch.utils.checkpoint over log_softmax of each chunk (tests/test_logprobs.py has that version
+    as an oracle), at half of its time and memory, because the backward pass needs no second log_softmax.
     """
 
     @staticmethod
@@ -61,11 +62,11 @@ class _ChunkedLogProb(torch.autograd.Function):
 
 
 def token_logprobs(hidden, weight, targets, temperature: float = 1.0, chunk: int | None = None):
-    """log-prob of `targets` [N] and entropy [N] of softmax(hidden [N, H] @ weight [V, H].T / temperature), in float32.
-    `chunk` tokens at a time; by default as many as make 128 MiB of logits (512 on a GPU).
+    """log-prob of `targets` [N] and entropy [N] of softmax(hidden [N, H] @ weight [V, H].T / temperature),
+    in float32. `chunk` tokens at a time; by default as many as make 128 MiB of logits (512 on a GPU).
 
-    Divided by the sampling temperature, because that is the distribution the answers were drawn from. The entropy is
-    for the log and carries no gradient.
+    Divided by the sampling temperature, because that is the distribution the answers were drawn from. The
+    entropy is for the log and carries no gradient.
     """
     if torch.is_autocast_enabled(hidden.device.type):
         # by hand, because autocast is off in the backward pass, and logits made anew in float32 would not fit
@@ -94,10 +95,12 @@ class MicroBatch:
 
 
 def pack(answers: list, tokens: int, row_length: int | None = None, device="cpu") -> list[MicroBatch]:
-    """Micro-batches of at most `tokens` tokens each (or one sequence, where one alone is longer), longest first.
+    """Micro-batches of at most `tokens` tokens each (or one sequence, where one alone is longer), longest
+    first.
 
-    Rows are no longer than the longest sequence unless `row_length` says so: attention without a variable-length kernel
-    costs rows * L^2, so that short rows are cheap, and several short sequences still share a row.
+    Rows are no longer than the longest sequence unless `row_length` says so: attention without a
+    variable-length kernel costs rows * L^2, so that short rows are cheap, and several short sequences still
+    share a row.
     """
     sizes = [len(answer.prompt) + len(answer.tokens) for answer in answers]
     order = sorted(range(len(answers)), key=lambda i: -sizes[i])  # longest first
@@ -168,8 +171,8 @@ def empty_microbatch(device) -> MicroBatch:
 
 
 def has_varlen(model) -> bool:
-    """Whether its attention reads the borders of sequences from position_ids. Packing all into one row then costs
-    nothing, and is required."""
+    """Whether its attention reads the borders of sequences from position_ids. Packing all into one row then
+    costs nothing, and is required."""
     return "flash" in (model.config._attn_implementation or "")
 
 
@@ -177,8 +180,8 @@ def has_varlen(model) -> bool:
 
 
 def merge_equal(answers: list) -> list:
-    """Equal answers of one group become one, whose `count` is their number. The gradient is unchanged, as far as the engine
-    gave equal tokens equal log-probs (in bf16 they may differ by rounding)."""
+    """Equal answers of one group become one, whose `count` is their number. The gradient is unchanged, as
+    far as the engine gave equal tokens equal log-probs (in bf16 they may differ by rounding)."""
     merged: dict[tuple, object] = {}
     for answer in answers:
         key = (answer.prompt, answer.age, answer.advantage, answer.tokens.numpy().tobytes())
@@ -190,7 +193,8 @@ def merge_equal(answers: list) -> list:
 
 
 def share_out(answers: list, rank: int, world: int) -> list[int]:
-    """Numbers of the answers that `rank` trains on: dealt out longest first, there and back, to even out tokens."""
+    """Numbers of the answers that `rank` trains on: dealt out longest first, there and back, to even out
+    tokens."""
     turns = (rank, 2 * world - 1 - rank)
     order = sorted(range(len(answers)), key=lambda i: -len(answers[i].prompt) - len(answers[i].tokens))
     return [i for place, i in enumerate(order) if place % (2 * world) in turns]

@@ -1,16 +1,19 @@
 """Models as Hugging Face has them: loading, what has to be switched off before training, and the optimiser."""
 
+from types import SimpleNamespace
+
 import torch
 from transformers.utils import is_flash_attn_2_available
 
 from support import ranks
+from support.logprobs import has_varlen, pack
 
 
 def load_model(path: str, gradient_checkpointing: bool = False, device: str | None = None):
     """Model in float32 (bf16 weights do not move at lr 1e-6), tokenizer, and the ids that end an answer.
 
-    The model is on the GPU if there is one, but for several ranks on the CPU: sharding takes it from there layer by layer,
-    since it need not fit. ValueError, in one line, if no model can be loaded from `path`.
+    The model is on the GPU if there is one, but for several ranks on the CPU: sharding takes it from there
+    layer by layer, since it need not fit. ValueError, in one line, if no model can be loaded from `path`.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer, logging
 
@@ -41,8 +44,21 @@ def load_model(path: str, gradient_checkpointing: bool = False, device: str | No
     return model, tokenizer, sorted(stop_ids)
 
 
+def check_context(model, model_path: str, cfg) -> None:
+    """ValueError if the longest prompt and answer together are more than the model can read."""
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(model_path) if model is None else model.config
+    context = getattr(config.get_text_config(), "max_position_embeddings", None)
+    wanted = cfg.max_prompt_tokens + cfg.max_tokens
+    if context and wanted > context:
+        what = f"{model_path} has a context of {context}, but prompt and answer may take {wanted}"
+        raise ValueError(f"{what}; lower --max-tokens, or in training --max-prompt-tokens")
+
+
 def without_dropout(model) -> None:
-    """The policy that is trained has to be the one that sampled; dropout would make it another at every pass."""
+    """The policy that is trained has to be the one that sampled; dropout would make it another at every
+    pass."""
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
@@ -51,14 +67,39 @@ def without_dropout(model) -> None:
 
 
 def use_varlen_attention(model) -> None:
-    """On a GPU that has flash attention the model gets it: it reads the borders of packed sequences from position_ids, and
-    needs no mask of L x L. Elsewhere transformers' own choice stays."""
+    """On a GPU that has flash attention the model gets it: it reads the borders of packed sequences from
+    position_ids, and needs no mask of L x L. Elsewhere transformers' own choice stays."""
     if torch.cuda.is_available() and is_flash_attn_2_available():
         model.set_attn_implementation("flash_attention_2")
 
 
+@torch.no_grad()
+def check_policy(policy) -> None:
+    """ValueError where the forward of `policy` (grpo.Policy) is not the model's own: heads that scale, cap
+    or shift their logits, and layers that do not keep packed answers apart."""
+    model = policy.model
+    low = has_varlen(model)  # these kernels know no float32
+    vocabulary = model.get_input_embeddings().num_embeddings
+    ids = torch.tensor([[(7 * i + 13 * j + 1) % vocabulary for j in range(6)] for i in range(2)])
+    pair = [SimpleNamespace(prompt=tuple(row[:2].tolist()), tokens=row[2:]) for row in ids]
+    (micro,) = pack(pair, 12, row_length=12, device=model.device)
+    dtype = policy.dtype
+    policy.dtype = torch.bfloat16 if low else torch.float32
+    with torch.autocast(model.device.type, torch.bfloat16, enabled=low):
+        ours, _ = policy(micro, 1.0)
+        logits = model(input_ids=ids.to(model.device), use_cache=False).logits.float()
+    policy.dtype = dtype
+    own = torch.log_softmax(logits[:, 1:-1], -1).gather(2, ids[:, 2:, None].to(model.device))[..., 0]
+    if (ours - own[micro.sequences].flatten()).abs().max() > (0.2 if low else 1e-2):
+        raise ValueError(
+            f"{model.config.model_type} models scale, cap or shift their logits, or cannot be packed, and would be "
+            "trained on wrong log-probs; use a Qwen3, Llama, Mistral, Gemma 3, OLMo or alike"
+        )
+
+
 def make_optimizer(model: torch.nn.Module, cfg) -> torch.optim.Optimizer:
-    """AdamW over float32 weights: in bf16 a weight does not move at lr 1e-6. ValueError if torchao is missing."""
+    """AdamW over float32 weights: in bf16 a weight does not move at lr 1e-6. ValueError if torchao is
+    missing."""
     settings = {"lr": cfg.lr, "betas": cfg.betas, "weight_decay": cfg.weight_decay}
     if cfg.optimizer == "adamw":
         return torch.optim.AdamW(model.parameters(), **settings, fused=True)

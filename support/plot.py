@@ -60,7 +60,8 @@ def colours_of(methods: list[str]) -> dict[str, str]:
 
 
 def label_of(method: str) -> str:
-    """The paper's name of a method, or of several joined by +; an arm that a user has named keeps that name."""
+    """The paper's name of a method, or of several joined by +; an arm that a user has named keeps that
+    name."""
     return " + ".join(LABELS.get(part, part) for part in method.split("+"))
 
 
@@ -154,7 +155,8 @@ def where_time_went(axis, rows: list[dict], smooth: int) -> None:
 
 
 def curves(folder: Path) -> Path:
-    """Eight panels: accuracy, dead groups, |advantage|, the gauge; pass rates, what replay did, entropy, time."""
+    """Eight panels: accuracy, dead groups, |advantage|, the gauge; pass rates, what replay did, entropy,
+    time."""
     rows = read(folder / "metrics.jsonl")
     smooth = max(len(rows) // 40, 1)
     figure, axes = pyplot().subplots(2, 4, figsize=(17, 7), layout="constrained")

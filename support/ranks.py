@@ -1,10 +1,12 @@
-"""Several GPUs and machines: who this process is, and how ranks agree. With one process, everything here does nothing.
+"""Several GPUs and machines: who this process is, and how ranks agree. With one process, everything here
+does nothing.
 
     torchrun --nproc-per-node 8 train.py ...
     torchrun --nnodes 2 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST:29500 train.py ...
 
-Samplers and stores are replicated: every rank makes the same draw from the same state, generates and scores its slice
-of the prompts with an engine of its own, and is handed everyone's groups. The trainer is sharded by FSDP2.
+Samplers and stores are replicated: every rank makes the same draw from the same state, generates and scores
+its slice of the prompts with an engine of its own, and is handed everyone's groups. The trainer is sharded
+by FSDP2.
 """
 
 import os
@@ -24,7 +26,8 @@ WORLD = 1
 
 
 def start() -> None:
-    """Joins the process group that torchrun has prepared. Before anything else that may make one (vLLM does)."""
+    """Joins the process group that torchrun has prepared. Before anything else that may make one (vLLM
+    does)."""
     if int(os.environ.get("WORLD_SIZE", 1)) == 1 or dist.is_initialized():
         return
     backend = "gloo"
@@ -110,8 +113,8 @@ def agree(value) -> bool:
 
 
 class Stop:
-    """Ctrl-C, SIGTERM and a closed terminal let the step in hand finish, then the run is saved and left; a second one
-    stops at once."""
+    """Ctrl-C, SIGTERM and a closed terminal let the step in hand finish, then the run is saved and left; a
+    second one stops at once."""
 
     def __init__(self):
         self.signal = 0
@@ -139,7 +142,8 @@ class Stop:
 
 
 def leave_terminal() -> None:
-    """Output to a terminal goes nowhere from now on: to write to one that is closed raises OSError. Files stay."""
+    """Output to a terminal goes nowhere from now on: to write to one that is closed raises OSError. Files
+    stay."""
     nowhere = os.open(os.devnull, os.O_WRONLY)
     for handle in (1, 2):
         if stat.S_ISCHR(os.fstat(handle).st_mode):
@@ -148,8 +152,8 @@ def leave_terminal() -> None:
 
 
 def shard(module: torch.nn.Module, layers: list[torch.nn.Module], bfloat16: bool) -> None:
-    """Shards parameters, gradients and optimiser states over all ranks, each of `layers` on its own; weights stay in
-    float32, computation is in bfloat16, gradients are reduced in float32."""
+    """Shards parameters, gradients and optimiser states over all ranks, each of `layers` on its own;
+    weights stay in float32, computation is in bfloat16, gradients are reduced in float32."""
     if WORLD == 1:
         return
     options = {}

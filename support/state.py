@@ -1,4 +1,5 @@
-"""What a checkpoint keeps of samplers and stores, as `torch.load(weights_only=True)` reads it: no pickled code."""
+"""What a checkpoint keeps of samplers and stores, as `torch.load(weights_only=True)` reads it: no pickled
+code."""
 
 import copy
 from collections import deque
@@ -51,7 +52,8 @@ def packed(value):
 class Store(deque):
     """Groups of answers, oldest first; the oldest fall out beyond `maxlen`. `kind` is the class of a group.
 
-    Its state is a few flat tensors, 8 bytes a token, and not thousands of small ones: quick to write and to read.
+    Its state is a few flat tensors, 8 bytes a token, and not thousands of small ones: quick to write and to
+    read.
     """
 
     def __init__(self, kind: type, maxlen: int | None = None):

@@ -9,7 +9,8 @@ NAMES = ("fresh", "stale", "fresh_clipped", "stale_clipped", "entropy", "mismatc
 
 
 def token_figures(sums: dict, norms: list[float]) -> dict[str, float]:
-    """Means over the tokens of all ranks; of loss, kl and gradient norm over optimiser steps, one of `norms` each."""
+    """Means over the tokens of all ranks; of loss, kl and gradient norm over optimiser steps, one of
+    `norms` each."""
     totals = [float(sums[name]) for name in NAMES]
     max_ratio = sums["max_ratio"]
     if ranks.WORLD > 1:

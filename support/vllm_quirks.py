@@ -44,8 +44,8 @@ CHECKED = {
 
 
 def vllm_options(cfg) -> dict:
-    """The arguments for vllm.LLM that cfg.vllm holds: a JSON object, or "" for none. ValueError, in one line,
-    if it is no such object, or sets what it may not."""
+    """The arguments for vllm.LLM that cfg.vllm holds: a JSON object, or "" for none. ValueError, in one
+    line, if it is no such object, or sets what it may not."""
     if not cfg.vllm:
         return {}
     example = """--vllm '{"enforce_eager": true, "tensor_parallel_size": 2}'"""
@@ -106,8 +106,8 @@ RESERVE = 4 * GIB
 def share_left(model, sleeps: bool) -> float:
     """The share of this GPU that the trainer of `model` leaves to vLLM. None: nobody trains.
 
-    vLLM's share is one of the whole GPU, and what the trainer holds does not count against it. ValueError if
-    nothing is left, or if it cannot be known because the engine does not sleep during the update.
+    vLLM's share is one of the whole GPU, and what the trainer holds does not count against it. ValueError
+    if nothing is left, or if it cannot be known because the engine does not sleep during the update.
     """
     if model is not None and not sleeps:
         raise ValueError(
@@ -164,8 +164,8 @@ def trainer_untouched():
     """Puts back what vLLM changes in this process while the block runs.
 
     1. It seeds the global random generators, and draws from them.
-    2. On a GPU it sets PyTorch to one CPU thread (vllm#49919), on which an optimiser on the host would crawl.
-       On a CPU it replaces `torch.set_num_threads` by a function that does nothing.
+    2. On a GPU it sets PyTorch to one CPU thread (vllm#49919), on which an optimiser on the host would
+       crawl. On a CPU it replaces `torch.set_num_threads` by a function that does nothing.
     3. On a CPU it sets environment variables that child processes would inherit.
     """
     global _engine_threads
@@ -218,8 +218,8 @@ def explain(error: Exception) -> str:
 class Peers:
     """The ranks that share one engine: neighbours, as many as its tensor_parallel_size.
 
-    vLLM wants the same requests from each of them. So each asks for the prompts of all, and keeps the answers
-    to its own. Where every rank has an engine to itself, nothing happens here.
+    vLLM wants the same requests from each of them. So each asks for the prompts of all, and keeps the
+    answers to its own. Where every rank has an engine to itself, nothing happens here.
     """
 
     def __init__(self, size: int):

@@ -8,8 +8,9 @@ r"""Six maths benchmarks, and files like them: what is asked and what is right.
     olympiad         674 of OlympiadBench (text, English), 4 answers. Several answers must all match, in any
                      order. Where the column `error` states a tolerance, plain numbers may be off by so much.
 
-Where the gold is a list (some copies of Minerva), one member must match. Benchmarks are pinned to revisions of
-the hub that several public projects pin. (They are those projects' word; we have not compared them with the hub.)
+Where the gold is a list (some copies of Minerva), one member must match. Benchmarks are pinned to revisions
+of the hub that several public projects pin. (They are those projects' word; we have not compared them with
+the hub.)
 """
 
 import hashlib
@@ -130,8 +131,8 @@ BENCHMARKS = {
 def load(name: str, revisions: dict[str, str], columns=(None, None)) -> tuple[str, list[Problem], dict]:
     """Short name, problems and source of `aime24`, of its copy `aime24=FILE`, of `FILE`, or of `embedded`.
 
-    `revisions` (name -> hash) replaces pinned ones. `columns` are those of problem and answer in files, if they
-    have no usual name. ValueError or OSError says in one line what cannot be read.
+    `revisions` (name -> hash) replaces pinned ones. `columns` are those of problem and answer in files, if
+    they have no usual name. ValueError or OSError says in one line what cannot be read.
     """
     known, _, copy = name.partition("=")
     if name == "embedded":

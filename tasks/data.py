@@ -12,9 +12,9 @@ answer.
     python train.py --model ID --data train.jsonl              # one JSON object a line: {"problem": ...,
     "answer": ...}
 
-Problems that are the same after `normal` are one: the first is kept, and none of the evaluation sets; all are
-counted. Known sets are read at the revisions in SOURCES, as several public projects pin them (we have not
-compared them with the hub); without one, the newest, or --data-options. Whatever the hub does,
+Problems that are the same after `normal` are one: the first is kept, and none of the evaluation sets; all
+are counted. Known sets are read at the revisions in SOURCES, as several public projects pin them (we have
+not compared them with the hub); without one, the newest, or --data-options. Whatever the hub does,
 `fingerprint` tells what was used.
 """
 
@@ -370,8 +370,8 @@ def question(value) -> str | list[dict]:
 
 
 def final_answer(value) -> str:
-    r"""The last \boxed{}, or what follows the last ####, or all of it; "" where there is none. Of a list the
-    first."""
+    r"""The last \boxed{}, or what follows the last ####, or all of it; "" where there is none. Of a list
+    the first."""
     if isinstance(value, dict):
         value = value.get("ground_truth")
     if isinstance(value, list):
@@ -441,7 +441,8 @@ def load_pairs(
 
 
 def hub_options(text: str) -> dict:
-    """`--data-options` as arguments of `load_pairs`. ValueError if it is no JSON object, or knows other names."""
+    """`--data-options` as arguments of `load_pairs`. ValueError if it is no JSON object, or knows other
+    names."""
     names = {"name": "config", "split": "split", "revision": "revision"}
     try:
         options = json.loads(text or "{}")
@@ -550,9 +551,9 @@ def split(pairs: list[Pair], held_out: int, seed: int = 0) -> tuple[list[Pair], 
 def encode(pairs: list[Pair], tokenizer, max_tokens: int, thinking: bool | None = None) -> tuple[list[Prompt], int]:
     """Prompts with token ids, and how many were left out for being longer than `max_tokens` (never cut).
 
-    With a chat template text is put to it with INSTRUCTION, unless it asks for a box itself; messages are put
-    to it as they are. Without one, text goes as it is. `thinking` is the template's enable_thinking; None:
-    its own default.
+    With a chat template text is put to it with INSTRUCTION, unless it asks for a box itself; messages are
+    put to it as they are. Without one, text goes as it is. `thinking` is the template's enable_thinking;
+    None: its own default.
     """
     template = str(tokenizer.chat_template or "")
     # Without return_dict=False transformers 5 returns a BatchEncoding, whose length is its number of keys.

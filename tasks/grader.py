@@ -1,8 +1,8 @@
 """Child processes that judge answers: `Grader.judge`. They run answers.py, and they can be killed.
 
-sympy may need an hour for a short formula, and no thread and no exception can stop it. So a child judges each
-answer. A child counts its own processor time and dies when an answer has had its share (answers.py), however
-busy the machine.
+sympy may need an hour for a short formula, and no thread and no exception can stop it. So a child judges
+each answer. A child counts its own processor time and dies when an answer has had its share (answers.py),
+however busy the machine.
 """
 
 import json

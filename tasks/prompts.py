@@ -5,7 +5,8 @@ from tasks import benchmarks, data, tiny
 
 
 def load_prompts(cfg, tokenizer) -> tuple[list[data.Prompt], list[data.Prompt]]:
-    """Training and held-out prompts; the first rank prints what was left out. ValueError or OSError in one line."""
+    """Training and held-out prompts; the first rank prints what was left out. ValueError or OSError in one
+    line."""
     notes = []
     if cfg.data:
         pairs, note = clean_pairs(cfg)

@@ -1,15 +1,17 @@
-"""The embedded model and task: a small Qwen3 in ordinary Hugging Face format, made in about a minute on a CPU.
+"""The embedded model and task: a small Qwen3 in ordinary Hugging Face format, made in about a minute on a
+CPU.
 
     python tiny.py --out tiny-model
     python tiny.py --out tiny-model-none --sharing none
 
-It is taught by an error-prone pupil, so that it stands where a pretrained language model stands before RL: it can do
-the task, but not reliably. Each digit fact (op, a, b) has a fixed error rate, drawn once (half 0, some 0.5, a third
-0.9), and a fixed wrong digit; the model learns both habits. A prompt's pass rate is then the product of (1 - error
-rate) over its columns, which is U-shaped over prompts as it is for real models: many are never solved, some always.
-GRPO has to turn the habits over.
+It is taught by an error-prone pupil, so that it stands where a pretrained language model stands before RL:
+it can do the task, but not reliably. Each digit fact (op, a, b) has a fixed error rate, drawn once (half 0,
+some 0.5, a third 0.9), and a fixed wrong digit; the model learns both habits. A prompt's pass rate is then
+the product of (1 - error rate) over its columns, which is U-shaped over prompts as it is for real models:
+many are never solved, some always. GRPO has to turn the habits over.
 
-A worked answer writes digit and carry of each column from the right, then the result: 2440+2914= 40503150=05354.
+A worked answer writes digit and carry of each column from the right, then the result: 2440+2914=
+40503150=05354.
 
 What one prompt teaches about others decides whether replay pays (LOG.md), so it can be chosen, `--sharing`:
 
@@ -110,7 +112,8 @@ def make_model(seed: int):
 
 
 class Pupil:
-    """Knows every digit fact, but some of them wrongly, with a fixed error rate and a fixed wrong digit each."""
+    """Knows every digit fact, but some of them wrongly, with a fixed error rate and a fixed wrong digit
+    each."""
 
     def __init__(self, seed: int = 7, by_column: bool = False):
         rng = random.Random(seed)
@@ -134,7 +137,8 @@ class Pupil:
         return math.prod(1 - self.error_rate[fact] for fact in self.facts(question))
 
     def questions(self, count: int, seed: int) -> list[str]:
-        """With repeats: the model should know the whole task as badly as the pupil does, held-out problems included."""
+        """With repeats: the model should know the whole task as badly as the pupil does, held-out problems
+        included."""
         return [question for question, _ in arithmetic(count, seed)]
 
     def answer(self, question: str, rng: random.Random) -> str:
@@ -151,7 +155,8 @@ class Pupil:
 
 
 class Rote:
-    """Knows a number for each of LOOKUPS keys; its first digit is wrong at a rate of that key's own, always alike."""
+    """Knows a number for each of LOOKUPS keys; its first digit is wrong at a rate of that key's own, always
+    alike."""
 
     def __init__(self, seed: int = 7):
         rng = random.Random(seed)
@@ -176,9 +181,9 @@ def make_pupil(sharing: str) -> Pupil | Rote:
 
 
 def problems(sharing: str, held_out: int, difficulty=(0.0, 1.0), most: int = 0) -> tuple[list, list]:
-    """Training and held-out (question, answer) pairs of the embedded task: those whose pass rate under the pupil, about
-    the model's at the start, is within `difficulty`; at most 2000 to train on, or `most`. Where no prompt teaches
-    another nothing can be held out: there the second list is part of the first."""
+    """Training and held-out (question, answer) pairs of the embedded task: those whose pass rate under the
+    pupil, about the model's at the start, is within `difficulty`; at most 2000 to train on, or `most`.
+    Where no prompt teaches another nothing can be held out: there the second list is part of the first."""
     pupil, (low, high) = make_pupil(sharing), difficulty
     if sharing == "none":
         pairs = [pair for pair in pupil.gold.items() if low <= pupil.pass_rate(pair[0]) <= high][: most or None]
@@ -221,7 +226,8 @@ def home(sharing: str = "digits") -> Path:
 
 
 def make(out: str | Path, seed: int = 0, steps: int = 0, sharing: str = "digits") -> Path:
-    """Trains the embedded model into folder `out`, or returns at once if it is there already. steps 0: as STEPS has."""
+    """Trains the embedded model into folder `out`, or returns at once if it is there already. steps 0: as
+    STEPS has."""
     out = Path(out)
     if (out / "config.json").exists():
         return out

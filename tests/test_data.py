@@ -497,7 +497,7 @@ def test_other_data_sets_by_their_columns(tmp_path, monkeypatch):
             datasets.exceptions.DatasetNotFoundError("Dataset 'x' is a gated dataset on the Hub."),
             "gated.*hf auth login",
         ),
-        (datasets.exceptions.DatasetNotFoundError("Revision 'y' doesn't exist"), "Revision 'y'.*--data-revision"),
+        (datasets.exceptions.DatasetNotFoundError("Revision 'y' doesn't exist"), "Revision 'y'.*--data-options"),
         (
             ValueError("Config name is missing.\nPlease pick one among: ['main', 'socratic']"),
             "socratic.*--data-options",
@@ -520,7 +520,7 @@ def test_errors_of_the_hub_are_one_line_that_says_how_to_go_on(monkeypatch, erro
         ("polariss", {}, "no data 'polariss': say polaris, dolci, dapo, gsm8k, math"),
         ("/nowhere/x.jsonl", {}, "no data file at /nowhere/x.jsonl"),
         ("polaris=/nowhere/x.jsonl", {}, "no data file at /nowhere/x.jsonl"),
-        ("x.jsonl", {"revision": "abc"}, "--data-revision are for the hub, and x.jsonl is a file"),
+        ("x.jsonl", {"revision": "abc"}, "--data-options are for the hub, and x.jsonl is a file"),
     ],
 )
 def test_names_that_mean_nothing(name, options, words):

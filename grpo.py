@@ -305,8 +305,8 @@ def update(policy: Policy, optimizer, answers: list[Answer], cfg, step: int, ref
         norms.append(norm.item())
         if not math.isfinite(norms[-1]):
             raise FloatingPointError(
-                f"the gradient of step {step} is {norms[-1]}; the newest checkpoint is older: lower --lr or look at the "
-                "rewards, and go on with --resume"
+                f"the gradient of step {step} is {norms[-1]}; the newest checkpoint is older: lower --lr or "
+                "look at the rewards, and go on with --resume"
             )
         optimizer.step()
         optimizer.zero_grad()

@@ -30,6 +30,7 @@ from tasks.grader import Grader, VerifierBroken  # noqa: F401 (the error is for 
 Reward = Callable[[list[str], list], list[float]]  # responses and golds -> a reward from 0 to 1 for each
 
 GRADER = Grader()
+counts = GRADER.counts  # what became of the responses since the last call
 start = GRADER.start  # for the trainer, before CUDA is there; `grade` starts the children if need be
 BOX = re.compile(r"\\boxed\s*\{")
 PLAIN_NUMBER = re.compile(r"[-+]?(?:\d+(?:/0*[1-9]\d*)?|\d+\.\d*|\.\d+)")
@@ -90,15 +91,6 @@ def grade(responses: list[str], golds: list) -> list[float]:
     return [float(verdicts[pair] == "right") for pair in pairs]
 
 
-def counts() -> dict[str, int]:
-    """What became of the responses since the last call. Each response is counted once."""
-    counted = GRADER.counts()
-    named = {"reward_graded": counted["right"] + counted["wrong"]}
-    for verdict in ("no_box", "too_long", "timeouts", "kills", "failed"):
-        named[f"reward_{verdict}"] = counted[verdict]
-    return named
-
-
 def of_groups(groups: list, golds: list, tokenizer, function: Callable) -> list[list[float]]:
     """The rewards by `function` of all answers of each of `groups`; golds: one for each group."""
     texts = []
@@ -119,7 +111,7 @@ def grade_equation(responses: list[str], golds: list) -> list[float]:
     for response, gold in zip(responses, golds, strict=True):
         text = response if isinstance(response, str) else ""
         found = re.fullmatch(r"[^=]*=([0-9]+)", text)
-        wanted = re.fullmatch(r"[0-9]+", gold_text(gold))
+        wanted = re.fullmatch(r"[0-9]+", str(gold).strip())
         right = bool(found and wanted) and found[1].lstrip("0") == wanted[0].lstrip("0")
         rewards.append(float(right))
     return rewards

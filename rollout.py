@@ -1,7 +1,7 @@
 """Engines: prompts in as token ids, answers out as token ids with the log-probs they were sampled with.
 
     generate(prompts, n, seed, step) -> list[Group]    n answers to each prompt from the current policy
-    sleep()                       before the update: gives up memory that the trainer can use
+    sleep()                       before the update, if it `sleeps`: gives up memory that the trainer can use
     sync(model) -> float          after it: takes the new weights, and returns how far the engine is off
 
 Every answer has a random stream of its own, from (seed, step, prompt, sample). So runs repeat, and an
@@ -46,6 +46,7 @@ class TransformersEngine:
     `model` is a whole copy that belongs to the engine."""
 
     name = "transformers"
+    sleeps = False
 
     def __init__(self, model, stop_ids, max_tokens, temperature=1.0, batch_size=512, dtype="float32"):
         self.model = model

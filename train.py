@@ -170,10 +170,8 @@ def make_rules(cfg: Config, num_prompts: int) -> tuple[Uniform, dict]:
 
 
 class Run:
-    """Everything a step needs. A checkpoint saves the parts that change.
-
-    What can go wrong by a user's mistake goes wrong while it is made, as a ValueError or OSError of one line.
-    """
+    """Everything a step needs; a checkpoint saves the parts that change. What can go wrong by a user's mistake goes
+    wrong while it is made, as a ValueError or OSError of one line."""
 
     def __init__(self, cfg: Config):
         # What costs nothing comes first, so that a mistake is met before minutes of loading.
@@ -321,7 +319,7 @@ def train(run: Run) -> int:
     first = {}
     if run.held_out and run.step == 0:
         first = {"eval_accuracy_start": evaluate(run)}
-    progress = log.progress(run)
+    progress = log.steps_left(run)
     for step in progress:
         run.seconds = dict.fromkeys(("rollout", "reward", "update", "sync"), 0.0)
         groups: list[Group] = []  # all that are generated in this step
@@ -342,7 +340,8 @@ def train(run: Run) -> int:
                 break
 
         # 2. The batch: useful fresh groups, stored ones in place of dead ones, stored answers on top.
-        run.engine.sleep()  # its memory is the trainer's until the sync
+        if run.engine.sleeps:
+            run.engine.sleep()  # its memory is the trainer's until the sync
         batch = useful
         for store in run.stores.values():
             batch = store.complete(batch, places, step)  # replay.py
@@ -364,7 +363,7 @@ def train(run: Run) -> int:
         if run.held_out and (last or step % cfg.eval_every == 0):
             row["eval_accuracy"] = evaluate(run)
         log.write(run, row, progress, groups)
-        ended_by = stop.agreed()
+        ended_by = stop.agreed() if ranks.WORLD > 1 else stop.signal
         if ended_by or last or step % cfg.save_every == 0:
             checkpoint.save(run)
         if ended_by or last:
@@ -387,9 +386,9 @@ def main(argv: list[str]) -> int:
         run = Run(cfg)
         folder.begin(run, asdict(cfg) | {"given": given, "prompts_sha256": run.digest})
     failures = (rollout.EngineAstray, FloatingPointError, reward.VerifierBroken)
-    with config.exits(2, plan.OutOfMemory, reward.RewardBroken), config.exits(1, *failures), plan.explained(cfg, model):
-        done = run.step >= cfg.steps or 0 < cfg.max_rollouts <= run.rollouts
-        ended_by = 0 if done else train(run)
+    mistakes = (reward.RewardBroken, plan.OutOfMemory, OSError)
+    with config.exits(2, *mistakes), config.exits(1, *failures), plan.explained(cfg, model):
+        ended_by = train(run)
         if not ended_by:
             checkpoint.export(run)
     folder.end(run, ended_by)

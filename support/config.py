@@ -17,7 +17,7 @@ from support import ranks
 ROOT = Path(__file__).parent.parent  # of the project
 OUT = ROOT / "out"  # where runs, and the embedded model, are kept
 
-# Least and largest value of each number. What is beyond the largest is a slip of the hand: it would start, and never end.
+# Least and largest value of each number. What is beyond the largest is a slip of the hand: it would never end.
 BOUNDS = {
     "answers_per_prompt": (2, 4096),
     "batch": (1, 1_000_000),
@@ -87,10 +87,7 @@ def parse(kind: type, argv: list[str], description: str, default=None) -> tuple[
 
 def is_given(argv: list[str], name: str) -> bool:
     words = (flag(name), flag(f"no_{name}"))
-    for word in argv:
-        if word.partition("=")[0].replace("_", "-") in words:
-            return True
-    return False
+    return any(word.partition("=")[0].replace("_", "-") in words for word in argv)
 
 
 def value_of(argv: list[str], name: str, default: str = "") -> str:

@@ -54,27 +54,25 @@ class Epochs(Saved):
 
         passes_over: a function that says of a prompt whose turn it is whether it is left out this time."""
         chosen: list[int] = []
+        ahead = self.position
         while len(chosen) < n:
-            x = self.next()
-            if passes_over is None or not passes_over(x):
-                chosen.append(x)
-                self.batch.add(x)
+            if ahead == len(self.order):  # the epoch is over
+                self.order = self.rng.permutation(len(self.order))
+                self.position = 0
+                ahead = 0
+                continue
+            x = int(self.order[ahead])
+            if x not in self.batch:
+                # Those that are in the batch, and were met on the way, come next.
+                self.order[self.position + 1 : ahead + 1] = self.order[self.position : ahead]
+                self.order[self.position] = x
+                self.position += 1
+                if passes_over is None or not passes_over(x):
+                    chosen.append(x)
+                    self.batch.add(x)
+            ahead += 1
         self.seen[chosen] = True
         return chosen
-
-    def next(self) -> int:
-        """The next prompt of the epoch that is not in the batch."""
-        while True:
-            for ahead in range(self.position, len(self.order)):
-                x = int(self.order[ahead])
-                if x not in self.batch:
-                    # those that were passed over come next
-                    self.order[self.position + 1 : ahead + 1] = self.order[self.position : ahead]
-                    self.order[self.position] = x
-                    self.position += 1
-                    return x
-            self.order = self.rng.permutation(len(self.order))
-            self.position = 0
 
     def figures(self) -> dict:
         """For the log. The rules that have something to say of themselves do."""

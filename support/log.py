@@ -200,9 +200,11 @@ def peak_memory_mb() -> float:
 # ---------------------------------------------------------------- one step
 
 
-def progress(run):
+def steps_left(run):
     """The steps that are left, with a bar on rank 0 where there is a terminal."""
     steps = range(run.step + 1, run.cfg.steps + 1)
+    if 0 < run.cfg.max_rollouts <= run.rollouts:
+        steps = range(0)  # a resumed run that has spent what it may
     disable = None if ranks.is_main() else True  # None: no bar where there is no terminal
     return tqdm(steps, initial=run.step, total=run.cfg.steps, unit="step", disable=disable)
 
@@ -240,7 +242,7 @@ def write(run, row: dict, progress, groups: list) -> None:
     if run.mirror.board:
         run.mirror.log(row)
         run.mirror.samples(examples)
-    progress.write(line(row, evaluated_on(run.cfg)))
+    progress.write(line(row, EVALUATED.get(run.cfg.sharing, "held-out")))
 
 
 class Mirror:
@@ -345,10 +347,12 @@ def missing(flag: str, package: str, error: ImportError) -> str:
 # ---------------------------------------------------------------- for reading
 
 
+# What an accuracy is called: the embedded task that shares nothing has no held-out prompts.
+EVALUATED = {"none": "on the training prompts"}
+
+
 def evaluated_on(cfg) -> str:
-    """What an accuracy of this run is called: the embedded task that shares nothing has no held-out
-    prompts."""
-    return "on the training prompts" if cfg.sharing == "none" else "held-out"
+    return EVALUATED.get(cfg.sharing, "held-out")
 
 
 def line(row: dict, evaluated: str = "held-out") -> str:

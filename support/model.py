@@ -25,8 +25,8 @@ def load_model(path: str, gradient_checkpointing: bool = False, device: str | No
     except Exception as error:  # transformers raises half a dozen kinds here, some with pages of text
         first = str(error).strip().split("\n")[0]
         raise ValueError(
-            f"no model can be loaded from {path!r} ({type(error).__name__}: {first}); give a Hugging Face id, or a folder "
-            "with config, weights and tokenizer"
+            f"no model can be loaded from {path!r} ({type(error).__name__}: {first}); give a Hugging Face id, or "
+            "a folder with config, weights and tokenizer"
         ) from error
 
     # An answer may end in any of the ids that the model's own generation stops at.

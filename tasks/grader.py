@@ -17,6 +17,8 @@ from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.connection import wait
 from pathlib import Path
 
+from support import ranks
+
 ANSWERS = Path(__file__).resolve().with_name("answers.py")
 START_SECONDS = 60.0  # for a child to import sympy, which takes 0.5 on a quiet machine
 WALL_SECONDS = 60.0  # for a child that no longer runs at all; its own limit counts processor time
@@ -201,9 +203,15 @@ class Grader:
         with self.lock:
             self.counted.update(verdicts)
 
-    def counts(self) -> Counter[str]:
-        """How many times each verdict was counted since the last call."""
+    def counts(self) -> dict[str, int]:
+        """What became of the responses of all ranks since the last call, for the log. Each is counted once."""
         with self.lock:
             counted = self.counted
             self.counted = Counter()
-        return counted
+        named = {"reward_graded": counted["right"] + counted["wrong"]}
+        for verdict in ("no_box", "too_long", "timeouts", "kills", "failed"):
+            named[f"reward_{verdict}"] = counted[verdict]
+        if ranks.WORLD > 1:
+            totals = ranks.total(list(named.values()))
+            named = {name: int(value) for name, value in zip(named, totals, strict=True)}
+        return named

@@ -17,11 +17,12 @@ What is left out, and why:
 
     prioritized 8, 10       They are about several batches that are out at once, in an asynchronous trainer. This loop
                             observes a batch before it draws the next. What remains of 8: a draw alone changes nothing.
-    prioritized 12          It asks for the mean squared advantage of graded rewards. The samplers see the mean reward p,
+    prioritized 12          It asks for the mean squared advantage of graded rewards. The samplers see the mean p only,
                             and p(1-p) stands in for it. What remains: a group of equal rewards goes into a pool.
     prioritized 5           Shares of a retest are rounded to whole prompts: a batch of one tests no solved prompt.
 
 What every sampler and store owes the loop, and more cases, are in tests/test_samplers.py and tests/test_stores.py.
+The policy with known pass rates, and the groups of made-up answers, are in tests/helpers.py.
 """
 
 import io
@@ -32,106 +33,66 @@ import numpy as np
 import pytest
 import torch
 
-from replay import DynamicSampling, Group, GroupReplay, Prioritized, PromptReplay, RolloutReplay, Uniform
-
-G = 16  # answers to a prompt
-
-
-def know(sampler, correct: dict[int, int], step: int = 0) -> None:
-    """Tells the sampler how many of G answers to some prompts were right."""
-    sampler.observe(list(correct), list(correct.values()), G, step)
-
-
-def play(sampler, rates, steps, n: int = 8, refill: int = 0) -> list[tuple]:
-    """Draws a batch of n for each step, and a refill; prompt x is answered rightly with chance rates[x].
-
-    The step, the batch, and the prompts that replay brought back, for each step."""
-    rng = np.random.default_rng(0)
-    history = []
-    for step in steps:
-        batch = []
-        for count in (n, refill):
-            if count:
-                drawn = sampler.draw(count, step)
-                sampler.observe(drawn, rng.binomial(G, rates[drawn]).tolist(), G, step)
-                batch += drawn
-        history.append((step, batch, sampler.replays))
-    return history
-
-
-def mixed(num_prompts: int) -> np.ndarray:
-    """Chances of a right answer: hopeless, hard, medium, easy and solved prompts."""
-    return np.random.default_rng(1).choice([0.0, 0.05, 0.3, 0.5, 0.8, 1.0], num_prompts)
-
-
-def through_a_file(state: dict) -> dict:
-    file = io.BytesIO()
-    torch.save(state, file)
-    file.seek(0)
-    return torch.load(file, weights_only=True)
-
+from replay import DynamicSampling, GroupReplay, Prioritized, PromptReplay, RolloutReplay, Uniform
+from tests.helpers import G, births, content, group, know, mixed_rates, names, restored, run_store, simulate
 
 # ---------------------------------------------------------------- Prompt Replay
 
 
 @pytest.mark.parametrize("size", [8, 9, 30, 200])
-@pytest.mark.parametrize("refill", [0, 3])
-def test_prompt_replay_01_share_zero_is_the_baseline(size, refill):
+@pytest.mark.parametrize("refills", [(), (8, 3)])
+def test_prompt_replay_01_share_zero_is_the_baseline(size, refills):
     off = PromptReplay(size, seed=5, share=0)
     baseline = Uniform(size, seed=5)
-    assert play(off, mixed(size), range(1, 80), refill=refill) == play(
-        baseline, mixed(size), range(1, 80), refill=refill
-    )
+    expected = simulate(baseline, mixed_rates(size), range(1, 80), refills=refills)
+    assert simulate(off, mixed_rates(size), range(1, 80), refills=refills) == expected
 
 
 @pytest.mark.parametrize("cooldown", [5, 10])
 @pytest.mark.parametrize("start", [0, 1])
 def test_prompt_replay_02_no_replay_during_the_first_cooldown(cooldown, start):
-    history = play(PromptReplay(500, cooldown=cooldown), np.full(500, 0.5), range(start, start + 30))
-    assert not any(replays for _, _, replays in history[:cooldown])
-    assert history[cooldown][2]
+    history = simulate(PromptReplay(500, cooldown=cooldown), np.full(500, 0.5), range(start, start + 30))
+    assert not any(row.replays for row in history[:cooldown])
+    assert history[cooldown].replays
 
 
-@pytest.mark.parametrize(
-    ("share", "n", "budget"), [(0.75, 32, 24), (0.75, 7, 5), (0.29, 100, 29), (0.1, 4, 0), (1.0, 5, 5)]
-)
+@pytest.mark.parametrize(("share", "n", "budget"), [(0.75, 32, 24), (0.75, 7, 5), (0.29, 100, 29), (0.1, 4, 0)])
 def test_prompt_replay_03_never_more_than_the_budget_also_in_refills(share, n, budget):
-    history = play(PromptReplay(1000, share=share, cooldown=2), np.full(1000, 0.5), range(1, 25), n, refill=2 * n)
-    assert max(len(replays) for _, _, replays in history) == budget
-    assert all(len(batch) == 3 * n for _, batch, _ in history)
+    sampler = PromptReplay(1000, share=share, cooldown=2)
+    history = simulate(sampler, np.full(1000, 0.5), range(1, 25), n, refills=(n, n))
+    assert max(len(row.replays) for row in history) == budget
+    assert all(len(row.batch) == 3 * n for row in history)
 
 
 @pytest.mark.parametrize("cooldown", [1, 3, 10])
 def test_prompt_replay_04_uses_lie_a_cooldown_apart(cooldown):
-    history = play(PromptReplay(60, cooldown=cooldown, max_reuse=1000), np.full(60, 0.5), range(1, 300))
+    history = simulate(PromptReplay(60, cooldown=cooldown, max_reuse=1000), np.full(60, 0.5), range(1, 300))
     last = {}
     gaps = Counter()
-    for step, batch, replays in history:
-        for x in replays:
-            gaps[step - last[x]] += 1
-        for x in batch:
-            last[x] = step  # fresh uses start the cooldown too
+    for row in history:
+        for x in row.replays:
+            gaps[row.step - last[x]] += 1
+        for x in row.batch:
+            last[x] = row.step  # fresh uses start the cooldown too
     assert min(gaps) == cooldown
     assert gaps.total() > 1000
 
 
 @pytest.mark.parametrize("max_reuse", [0, 1, 3])
 def test_prompt_replay_05_no_prompt_more_than_max_reuse_times_none_twice_in_a_batch(max_reuse):
-    history = play(PromptReplay(40, cooldown=2, max_reuse=max_reuse), np.full(40, 0.5), range(1, 400), refill=5)
+    sampler = PromptReplay(40, cooldown=2, max_reuse=max_reuse)
     counts = Counter()
-    for _, batch, replays in history:
-        counts.update(replays)
-        assert len(set(batch)) == len(batch)
+    for row in simulate(sampler, np.full(40, 0.5), range(1, 400), refills=(5,)):
+        counts.update(row.replays)
+        assert len(set(row.batch)) == len(row.batch)
     assert all(counts[x] == max_reuse for x in range(40))
 
 
-@pytest.mark.parametrize(("band", "size", "inside"), [((0.25, 0.75), 16, range(4, 13)), ((0.3, 0.7), 10, range(3, 8))])
-def test_prompt_replay_06_the_ends_of_the_band_are_in(band, size, inside):
-    sampler = PromptReplay(size + 1, band=band, share=1.0, cooldown=0)
-    sampler.observe(range(size + 1), range(size + 1), size, 0)  # of prompt k, k answers were right
-    sampler.draw(size + 1, 1)
-    assert sampler.replays == set(inside)
-    assert PromptReplay(1).band == (0.25, 0.75)
+def test_prompt_replay_06_the_ends_of_the_band_are_in():
+    sampler = PromptReplay(17, share=1.0, cooldown=0)
+    know(sampler, {k: k for k in range(17)})  # of 16 answers to prompt k, k are right
+    sampler.draw(17, 1)
+    assert sampler.replays == set(range(4, 13))  # the band is 4/16 to 12/16
 
 
 def test_prompt_replay_07_out_of_band_it_leaves_at_once():
@@ -164,37 +125,36 @@ def test_prompt_replay_08_dead_groups_count_too(correct):
 
 def test_prompt_replay_09_numbers_only():
     sampler = PromptReplay(100)
-    play(sampler, mixed(100), range(1, 60))
+    simulate(sampler, mixed_rates(100), range(1, 60))
     state = sampler.state_dict()
     for name in ("rate", "last", "uses"):
         assert state.pop(name).shape == (100,)
-    assert sorted(state) == ["batch", "order", "position", "rng", "seen", "size", "step"]
+    assert list(state) == ["rng", "order", "position", "seen", "step", "size", "batch"]
 
 
 def test_prompt_replay_10_a_cooling_buffer_blocks_nothing():
     sampler = PromptReplay(100, cooldown=10**6)
-    history = play(sampler, np.full(100, 0.5), range(1, 50))
-    assert all(len(batch) == 8 and not replays for _, batch, replays in history)
+    history = simulate(sampler, np.full(100, 0.5), range(1, 50))
+    assert all(len(row.fresh) == 8 for row in history)
     assert sampler.figures()["buffer"] >= 80
 
 
 def test_prompt_replay_11_replay_does_not_advance_the_epoch():
     fresh = []
-    for _, batch, replays in play(PromptReplay(400, cooldown=3), mixed(400), range(1, 60)):
-        fresh += [x for x in batch if x not in replays]
+    for row in simulate(PromptReplay(400, cooldown=3), mixed_rates(400), range(1, 60)):
+        fresh += row.fresh
     baseline = []
-    for _, batch, _ in play(Uniform(400), mixed(400), range(1, 60)):
-        baseline += batch
+    for row in simulate(Uniform(400), mixed_rates(400), range(1, 60)):
+        baseline += row.batch
     assert 59 * 8 - len(fresh) > 150
     assert fresh == baseline[: len(fresh)]
 
 
 def test_prompt_replay_11_state_survives_save_and_load():
     sampler = PromptReplay(90, seed=3)
-    play(sampler, mixed(90), range(30))
-    other = PromptReplay(90, seed=4)
-    other.load_state_dict(through_a_file(sampler.state_dict()))
-    assert play(other, mixed(90), range(30, 60)) == play(sampler, mixed(90), range(30, 60))
+    simulate(sampler, mixed_rates(90), range(30))
+    other = restored(sampler, PromptReplay(90, seed=4))
+    assert simulate(other, mixed_rates(90), range(30, 60)) == simulate(sampler, mixed_rates(90), range(30, 60))
 
 
 @pytest.mark.parametrize("correct", [4, 8, 11])
@@ -205,34 +165,30 @@ def test_prompt_replay_12_ties_are_settled_by_rule_and_seed(correct):
     know(sampler, dict.fromkeys(range(6), correct), step=1)
     assert sampler.draw(20, 2) == [*range(6, 20), *range(6)]  # the less reused first
 
-    first = play(PromptReplay(90, seed=3), mixed(90), range(60))
-    assert play(PromptReplay(90, seed=3), mixed(90), range(60)) == first
-    assert play(PromptReplay(90, seed=4), mixed(90), range(60)) != first
-
 
 def test_prompt_replay_13_replays_are_of_higher_spread_and_rare_where_all_is_hard():
     rates = np.random.default_rng(0).beta(0.6, 0.6, 3000)
     spread = rates * (1 - rates)
     fresh = []
     replayed = []
-    for _, batch, replays in play(PromptReplay(3000), rates, range(200), 32):
-        fresh += [spread[x] for x in batch if x not in replays]
-        replayed += [spread[x] for x in replays]
+    for row in simulate(PromptReplay(3000), rates, range(200), 32):
+        fresh += [spread[x] for x in row.fresh]
+        replayed += [spread[x] for x in row.replays]
     assert len(replayed) > 2000
     assert np.mean(replayed) > 1.5 * np.mean(fresh)
 
     # 4 to 12 of 16 right has a chance of 2.3e-4 at p = 0.02: one or two groups of 6,400.
-    hard = play(PromptReplay(3000), np.full(3000, 0.02), range(200), 32)
-    assert sum(len(replays) for _, _, replays in hard) <= 8
+    hard = simulate(PromptReplay(3000), np.full(3000, 0.02), range(200), 32)
+    assert sum(len(row.replays) for row in hard) <= 8
 
 
 def test_prompt_replay_14_figures_for_the_log():
     sampler = PromptReplay(60, cooldown=2)
     seen = set()
     uses = Counter()
-    for _, batch, replays in play(sampler, np.full(60, 0.5), range(1, 40)):
-        seen.update(batch)
-        uses.update(replays)
+    for row in simulate(sampler, np.full(60, 0.5), range(1, 40)):
+        seen.update(row.batch)
+        uses.update(row.replays)
     histogram = Counter(uses.values())
     figures = json.loads(json.dumps(sampler.figures()))
     assert figures["prompt_uses"] == [histogram[i] for i in range(max(histogram) + 1)]
@@ -249,26 +205,26 @@ def test_prioritized_01_priority_is_the_mean_squared_advantage():
         rewards = np.repeat([1.0, 0.0], [k, G - k])
         advantages = rewards - rewards.mean()
         know(sampler, {k: k})
-        bias = 1e-4 if k >= 8 else 0.0  # of 3/8 and 5/8 the one that is nearly learnt goes first
-        assert sampler.priority[k] == pytest.approx((advantages**2).mean() + bias)
+        head_start = 1e-4 * (k >= 8)  # of 3/8 and 5/8 the one that is nearly learnt goes first
+        assert sampler.priority[k] == pytest.approx((advantages**2).mean() + head_start)
 
 
 def test_prioritized_02_infinite_initial_priority_sees_everything_once_first():
     for size, n in ((100, 8), (96, 8), (32, 32), (33, 32)):
         sampler = Prioritized(size, initial_priority=float("inf"), explore=0, retest_every=0)
-        history = play(sampler, np.full(size, 0.5), range(1, size // n + 2), n)
+        history = simulate(sampler, np.full(size, 0.5), range(1, size // n + 2), n)
         visits = Counter()
-        for _, batch, _ in history[: size // n]:
-            visits.update(batch)
+        for row in history[: size // n]:
+            visits.update(row.batch)
         assert set(visits.values()) == {1}
-        visits.update(history[-1][1])
+        visits.update(history[-1].batch)
         assert set(visits) == set(range(size))
 
 
 def test_prioritized_03_each_prompt_is_in_exactly_one_place():
     sampler = Prioritized(90)
     for step in range(1, 200):
-        play(sampler, mixed(90), [step])
+        simulate(sampler, mixed_rates(90), [step])
         figures = sampler.figures()
         assert figures["heap"] + figures["solved_pool"] + figures["unsolved_pool"] == 90
     assert figures["solved_pool"] > 5
@@ -312,9 +268,9 @@ def test_prioritized_05_nothing_starves(n):
     know(sampler, dict.fromkeys(range(4 * n), G) | dict.fromkeys(range(4 * n, 8 * n), 0))
     rates = np.repeat([1.0, 0.0, 0.5], 4 * n)
     retests = []
-    for _, batch, _ in play(sampler, rates, range(1, 400), n):
-        retests.append(batch)
-    retests = retests[9::10]  # of steps 10, 20 and so on
+    for row in simulate(sampler, rates, range(1, 400), n):
+        if row.step % 10 == 0:
+            retests.append(row.batch)
     solved = max(n // 4, 1)
     for pool, places in ((range(4 * n), solved), (range(4 * n, 8 * n), n - solved)):
         rounds = -(-len(pool) // places)
@@ -326,9 +282,9 @@ def test_prioritized_05_nothing_starves(n):
 def test_prioritized_06_explore_one_is_uniform_without_replacement():
     sampler = Prioritized(40, seed=2, explore=1, retest_every=0)
     counts = Counter()
-    for _, batch, _ in play(sampler, mixed(40), range(1, 1501)):
-        assert len(set(batch)) == 8
-        counts.update(batch)
+    for row in simulate(sampler, mixed_rates(40), range(1, 1501)):
+        assert len(set(row.batch)) == 8
+        counts.update(row.batch)
     chi_squared = sum((counts[x] - 300) ** 2 / 300 for x in range(40))
     assert chi_squared < 73.4  # 39 degrees of freedom, 0.1 %
 
@@ -346,16 +302,16 @@ def test_prioritized_07_frequencies_match_the_rule():
     rates = np.full(300, 0.02)
     rates[:10] = 0.5
     medium = []
-    for step, batch, _ in play(Prioritized(300, seed=1), rates, range(1, 1001), 4)[400:]:
-        if step % 10:
-            medium.append(sum(x < 10 for x in batch))
+    for row in simulate(Prioritized(300, seed=1), rates, range(1, 1001), 4)[400:]:
+        if row.step % 10:
+            medium.append(sum(x < 10 for x in row.batch))
     # Seven of eight batches exploit, and nearly always take all four from the ten; one explores.
     assert np.mean([count >= 3 for count in medium]) == pytest.approx(0.875, abs=0.05)
 
 
 def test_prioritized_08_a_draw_alone_changes_nothing():
     sampler = Prioritized(40, seed=3)
-    play(sampler, mixed(40), range(1, 40))
+    simulate(sampler, mixed_rates(40), range(1, 40))
     before = sampler.state_dict()
     sampler.draw(8, 41)
     for name in ("rate", "priority", "place", "tested", "visits", "flips"):
@@ -365,66 +321,30 @@ def test_prioritized_08_a_draw_alone_changes_nothing():
 @pytest.mark.parametrize("at", range(1, 25, 4))
 def test_prioritized_09_a_restored_state_gives_the_same_batches(at):
     sampler = Prioritized(50, seed=4)
-    play(sampler, mixed(50), range(1, at))
-    other = Prioritized(50, seed=9)
-    other.load_state_dict(through_a_file(sampler.state_dict()))
-    assert play(other, mixed(50), range(at, at + 40)) == play(sampler, mixed(50), range(at, at + 40))
+    simulate(sampler, mixed_rates(50), range(1, at))
+    other = restored(sampler, Prioritized(50, seed=9))
+    steps = range(at, at + 40)
+    assert simulate(other, mixed_rates(50), steps) == simulate(sampler, mixed_rates(50), steps)
 
 
 def test_prioritized_11_without_priority_the_batches_are_the_baselines():
     """That is so as long as all priorities are equal: in the first epoch, where the initial one is never outdone."""
     for size, n in ((100, 10), (64, 16), (8, 8)):
         sampler = Prioritized(size, seed=6, initial_priority=float("inf"), explore=0, retest_every=0)
+        baseline = Uniform(size, seed=6)
         steps = range(1, size // n + 1)
-        assert play(sampler, mixed(size), steps, n) == play(Uniform(size, seed=6), mixed(size), steps, n)
+        assert simulate(sampler, mixed_rates(size), steps, n) == simulate(baseline, mixed_rates(size), steps, n)
 
 
 def test_prioritized_12_graded_rewards_that_are_all_equal_go_into_a_pool():
     sampler = Prioritized(10)
-    for x, rewards in enumerate(([0.5] * 4, [0.1] * 4, [-1.0] * 4, [1.0] * 4, [0.0, 0.5, 0.5, 1.0])):
-        one = group(x, rewards)
-        sampler.observe([x], [one.num_correct], 4, 1)
-    assert sampler.place[:5].tolist() == [sampler.UNSOLVED] * 3 + [sampler.SOLVED, sampler.HEAP]
-    assert sampler.rate[:5].tolist() == [0, 0, 0, 1, 0.5]
+    for x, rewards in enumerate(([0.5] * 4, [-1.0] * 4, [1.0] * 4, [0.0, 0.5, 0.5, 1.0])):
+        know(sampler, {x: group(x, rewards).num_correct}, size=4)
+    assert sampler.place[:4].tolist() == [sampler.UNSOLVED, sampler.UNSOLVED, sampler.SOLVED, sampler.HEAP]
+    assert sampler.rate[:4].tolist() == [0, 0, 1, 0.5]
 
 
 # ---------------------------------------------------------------- rollout-level replay
-
-
-def group(prompt: int = 0, rewards=(1, 0, 0, 1), birth: int = 1, length: int = 5) -> Group:
-    """A group whose answers can be told apart by their tokens; the first of them is cut at the length limit."""
-    rewards = torch.tensor(rewards, dtype=torch.float32)
-    tokens = []
-    logprobs = []
-    for i in range(len(rewards)):
-        tokens.append(torch.tensor([1000 * birth + prompt, i, *range(length - 2)], dtype=torch.int32))
-        logprobs.append(-torch.rand(length, generator=torch.Generator().manual_seed(prompt + i)))
-    truncated = [i == 0 for i in range(len(rewards))]
-    return Group(prompt, tokens, logprobs, truncated, birth, rewards, rewards - rewards.mean())
-
-
-def run(store, steps, per_step: int = 3, places: int = 6) -> list[list[Group]]:
-    """The batches of `steps`, where each step has `per_step` useful groups of four answers."""
-    batches = []
-    for step in steps:
-        useful = [group(i, birth=step) for i in range(per_step)]
-        batches.append(store.complete(useful, places, step))
-    return batches
-
-
-def births(groups) -> list[int]:
-    return [one.birth for one in groups]
-
-
-def names(groups) -> list[tuple]:
-    """The first two tokens of each answer: they tell step, prompt and number."""
-    return [tuple(tokens[:2].tolist()) for one in groups for tokens in one.tokens]
-
-
-def content(one: Group) -> tuple:
-    """All that must not change while a group is stored."""
-    tensors = [*one.tokens, *one.logprobs, one.rewards, one.advantages]
-    return one.prompt, one.birth, one.truncated, [tensor.numpy().tobytes() for tensor in tensors]
 
 
 def test_rollout_replay_01_ratio_zero_is_the_baseline():
@@ -438,25 +358,23 @@ def test_rollout_replay_01_ratio_zero_is_the_baseline():
 
 @pytest.mark.parametrize("warmup", [0, 3, 20])
 def test_rollout_replay_02_none_before_the_warm_up_and_none_of_this_steps_own(warmup):
-    for step, batch in enumerate(run(RolloutReplay(replay_warmup=warmup), range(30))):
-        assert len(batch) > 3 if step > warmup else len(batch) == 3  # steps are counted from 1
+    for step, batch in enumerate(run_store(RolloutReplay(replay_warmup=warmup), range(30))):
+        assert (len(batch) > 3) == (step > warmup)  # steps are counted from 1
         assert step not in births(batch[3:])
 
 
 @pytest.mark.parametrize("max_age", [1, 10])
 def test_rollout_replay_03_age_ten_present_age_eleven_absent(max_age):
-    store = RolloutReplay(max_age=max_age, replay_warmup=0, replay_ratio=100)  # so that all that is stored is drawn
-    for step, batch in enumerate(run(store, range(40))):
-        assert set(births(batch[3:])) == set(range(max(step - max_age, 0), step))
+    store = RolloutReplay(max_age=max_age, replay_warmup=0, replay_ratio=100)  # all that is stored is drawn
+    for step, batch in enumerate(run_store(store, range(40))):
+        assert births(batch[3:]) == set(range(max(step - max_age, 0), step))
 
 
-@pytest.mark.parametrize(
-    ("ratio", "per_step", "added"), [(0.5, 3, 6), (0.25, 3, 3), (1.0, 5, 20), (0.1, 1, 0), (0.45, 1, 2)]
-)
+@pytest.mark.parametrize(("ratio", "per_step", "added"), [(0.5, 3, 6), (1.0, 5, 20), (0.1, 1, 0), (0.45, 1, 2)])
 def test_rollout_replay_04_all_fresh_and_the_stated_number_of_stored(ratio, per_step, added):
-    batches = run(RolloutReplay(replay_ratio=ratio, replay_warmup=0), range(20), per_step)
+    batches = run_store(RolloutReplay(replay_ratio=ratio, replay_warmup=0), range(20), per_step)
     for step, batch in enumerate(batches[1:], 1):
-        assert names(batch[:per_step]) == names([group(i, birth=step) for i in range(per_step)])
+        assert names(batch[:per_step]) == [(step, i, k) for i in range(per_step) for k in range(4)]
         replayed = names(batch[per_step:])
         assert len(replayed) == added
         assert len(set(replayed)) == added  # none twice
@@ -465,7 +383,7 @@ def test_rollout_replay_04_all_fresh_and_the_stated_number_of_stored(ratio, per_
 def test_rollout_replay_05_what_is_stored_does_not_change():
     store = RolloutReplay(replay_warmup=0, replay_ratio=2.0)
     seen = {}
-    for batch in run(store, range(40)):
+    for batch in run_store(store, range(40)):
         for one in [*store.stored, *batch[3:]]:
             name = names([one])[0]
             assert seen.setdefault(name, content(one)) == content(one)
@@ -493,7 +411,7 @@ def test_rollout_replay_06_frequencies_follow_the_advantage(exponent):
 
 
 def test_rollout_replay_09_truncated_answers_are_kept_as_such():
-    for batch in run(RolloutReplay(replay_warmup=0, replay_ratio=9), range(3)):
+    for batch in run_store(RolloutReplay(replay_warmup=0, replay_ratio=9), range(3)):
         for one in batch[3:]:
             first = int(one.tokens[0][1]) == 0
             assert one.truncated == [first]
@@ -505,13 +423,12 @@ def test_rollout_replay_10_age_starts_at_the_version_that_generated():
     store.complete([group(0, birth=10), group(1, birth=7), group(2, birth=9)], 8, 10)
     for step, left in ((12, {7, 9, 10}), (13, {9, 10}), (14, {9, 10}), (15, {10}), (16, set())):
         batch = store.complete([group(3, birth=99)], 8, step)
-        assert set(births(batch[1:])) - {99} == left
+        assert births(batch[1:]) - {99} == left
 
 
-@pytest.mark.parametrize("store", [RolloutReplay(), GroupReplay(group_capacity=1000)], ids=["rollout", "group"])
-def test_rollout_replay_12_ten_bytes_a_token(store):
-    for step in range(5):
-        store.complete([group(i, birth=step, length=400) for i in range(3)], 6, step)
+def test_rollout_replay_12_ten_bytes_a_token():
+    store = RolloutReplay()
+    run_store(store, range(5), length=400)
     file = io.BytesIO()
     torch.save(store.state_dict(), file)
     assert len(file.getvalue()) <= 10 * (5 * 3 * 4 * 400)
@@ -520,10 +437,10 @@ def test_rollout_replay_12_ten_bytes_a_token(store):
 def test_rollout_replay_13_figures_for_the_log():
     store = RolloutReplay(replay_warmup=2)
     for step in range(12):
-        batch = run(store, [step])[0]
+        batch = run_store(store, [step])[0]
         figures = json.loads(json.dumps(store.figures(step)))
         assert figures["stored_rollouts"] == 12 * min(step + 1, 11)
-        ages = Counter(step - birth for birth in births(batch[3:]))
+        ages = Counter(step - one.birth for one in batch[3:])
         uses = Counter(one.uses for one in batch[3:])
         assert figures["rollout_ages"] == [ages[i] for i in range(max(ages, default=0) + 1)]
         assert figures["rollout_uses"] == [uses[i] for i in range(max(uses, default=0) + 1)]
@@ -558,14 +475,16 @@ def test_popo_02_dead_places_are_filled_as_far_as_the_store_reaches(capacity):
 
 def test_popo_03_newest_first():
     store = GroupReplay(group_capacity=20)
-    run(store, [1, 2], 4, 4)
-    assert births(store.complete([group(birth=3)], 4, 3)) == [3, 2, 2, 2]  # none of step 1 while step 2 has some
-    assert births(store.complete([], 8, 4)) == [3, 2, 2, 2, 2, 1, 1, 1]
+    run_store(store, [1, 2], 4, 4)
+    batch = store.complete([group(birth=3)], 4, 3)
+    assert [one.birth for one in batch] == [3, 2, 2, 2]  # none of step 1 while step 2 has some
+    batch = store.complete([], 8, 4)
+    assert [one.birth for one in batch] == [3, 2, 2, 2, 2, 1, 1, 1]
 
 
 def test_popo_04_groups_stay_whole():
     seen = {}
-    for batch in run(GroupReplay(group_capacity=20), range(1, 20), 2, 6):
+    for batch in run_store(GroupReplay(group_capacity=20), range(1, 20), 2, 6):
         for one in batch:
             assert len(one.tokens) == len(one.logprobs) == len(one.rewards) == len(one.truncated) == 4
             assert one.advantages.sum().item() == pytest.approx(0, abs=1e-6)
@@ -577,15 +496,16 @@ def test_popo_05_not_in_the_step_of_its_birth_not_stored_again_and_ageing_on():
     for step in range(10):
         batch = store.complete([group(birth=step)], 3, step)
         assert step not in births(batch[1:])
-        assert births(store.stored) == list(range(max(step - 3, 0), step + 1))  # one place each
+        assert [one.birth for one in store.stored] == list(range(max(step - 3, 0), step + 1))  # one place each
     for step in range(10, 14):  # nothing new: the same groups come again, older each time
-        assert births(store.complete([], 3, step)) == [9, 8, 7]
+        batch = store.complete([], 3, step)
+        assert [one.birth for one in batch] == [9, 8, 7]
         assert len(store.stored) == 4
 
 
 def test_popo_11_figures_for_the_log():
     store = GroupReplay(group_capacity=4)
-    run(store, [1, 2], 2, 2)
+    run_store(store, [1, 2], 2, 2)
     store.complete([group(birth=3)], 4, 3)
     expected = {"stored_groups": 4, "replaced": 0.75, "group_ages": [0, 2, 1], "group_uses": [0, 3]}
     assert json.loads(json.dumps(store.figures(3))) == expected
@@ -597,11 +517,10 @@ def test_popo_11_figures_for_the_log():
 @pytest.mark.parametrize("kind", [GroupReplay, RolloutReplay, DynamicSampling])
 def test_popo_12_a_restored_store_gives_the_same_batches(kind):
     store = kind()
-    run(store, range(1, 30), 3, 2)
-    other = kind()
-    other.load_state_dict(through_a_file(store.state_dict()))
-    ahead = run(store, range(30, 40), 3, 5)
-    again = run(other, range(30, 40), 3, 5)
+    run_store(store, range(1, 30), 3, 2)
+    other = restored(store, kind())
+    ahead = run_store(store, range(30, 40), 3, 5)
+    again = run_store(other, range(30, 40), 3, 5)
     for batch, same in zip(ahead, again, strict=True):
         assert [content(one) for one in batch] == [content(one) for one in same]
         assert [one.uses for one in batch] == [one.uses for one in same]

@@ -22,7 +22,6 @@ from lab.rules import (
 from replay import Uniform
 from tests.helpers import G, group, know, restored, run_store, simulate, visits
 
-
 # ---------------------------------------------------------------- GRESO
 
 

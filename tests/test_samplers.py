@@ -454,6 +454,10 @@ def test_f2_c_ties_go_to_the_harder_prompt():
     sampler = PromptReplay(20, share=1.0, cooldown=0)
     sampler.observe([0, 1, 2], [10, 3, 6], [16, 8, 16], 0)  # 3/8 and 6/16 are level, 5/8 is as far from one half
     assert sampler.draw(3, 1) == [1, 2, 0]
+    for correct in (3, 1, 4):  # k/10 and 1 - k/10 are equally far from one half, whatever their rounding
+        sampler = PromptReplay(20, band=(0, 1), share=1.0, cooldown=0)
+        know(sampler, {0: 10 - correct, 1: correct}, size=10)
+        assert sampler.draw(2, 1) == [1, 0]
 
 
 def test_f2_d_a_refill_never_opens_the_budget_again():

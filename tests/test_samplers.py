@@ -22,6 +22,7 @@ from support.select import within_reach
 from tests.conftest import rules
 from tests.helpers import (
     G,
+    group,
     know,
     mixed_rates,
     numbers,
@@ -54,7 +55,6 @@ def test_contract_draws_are_different_python_ints_and_refills_repeat_none(make_s
         assert len(set(row.batch)) == len(row.batch)
         assert all(type(x) is int and 0 <= x < size for x in row.batch)
         assert row.replays <= set(row.batch)
-    assert sampler.figures()["distinct_prompts"] == int(sampler.seen.sum())
 
 
 def test_contract_too_large_a_batch_is_an_error(make_sampler):
@@ -375,6 +375,14 @@ def test_prompt_replay_11_passed_over_prompts_keep_their_turn():
     assert sampler.draw(4, 1) == [*sorted([order[0], order[2]]), order[1], order[3]]
     know(sampler, dict.fromkeys(order[:4], 0), step=1)
     assert sampler.draw(4, 2) == [order[0], order[2], order[4], order[5]]
+
+
+def test_prompt_replay_graded_rewards_that_are_all_equal_make_no_candidate():
+    sampler = PromptReplay(9, share=1.0, cooldown=0)
+    for x, rewards in enumerate(([0.5] * 4, [0.3] * 4, [0.0, 0.5, 0.5, 1.0], [0.2, 0.4, 0.5, 0.3])):
+        know(sampler, {x: group(x, rewards).num_correct}, size=4)
+    sampler.draw(4, 1)
+    assert sampler.replays == {2, 3}
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
@@ -701,8 +709,10 @@ def test_knobs_that_cannot_be_meant_are_errors(make, knobs):
 @every_one_of_ours
 @pytest.mark.parametrize("n", [8, 32])
 def test_batches_are_full_and_every_prompt_gets_its_turn(make, n):
-    history = simulate(make(300, seed=1), np.full(300, 0.5), range(400), n)
+    sampler = make(300, seed=1)
+    history = simulate(sampler, np.full(300, 0.5), range(400), n)
     assert all(len(set(row.batch)) == n for row in history)
+    assert sampler.figures()["distinct_prompts"] == len(visits(history))
     if make is not Prioritized:  # which may well prefer some for ever
         assert set(visits(history)) == set(range(300))
 

@@ -133,7 +133,7 @@ class PromptReplay(Uniform):
         return (low <= self.rate) & (self.rate <= high) & (self.uses < self.max_reuse)
 
     def observe(self, prompts: list[int], num_correct: list[float], num_answers, step: int) -> None:
-        self.rate[prompts] = np.array(num_correct) / num_answers
+        self.rate[prompts] = np.array(num_correct, float) / np.array(num_answers)
         self.last[prompts] = step
 
     def figures(self) -> dict:
@@ -218,7 +218,7 @@ class Prioritized(Uniform):
         return [int(x) for x in prompts]
 
     def observe(self, prompts: list[int], num_correct: list[float], num_answers, step: int) -> None:
-        for x, newest in zip(prompts, np.array(num_correct) / num_answers, strict=True):
+        for x, newest in zip(prompts, np.array(num_correct, float) / np.array(num_answers), strict=True):
             # The pass rate is smoothed, but where the prompt goes is decided by its newest group alone.
             weight = self.smoothing if self.visits[x] else 1.0
             p = weight * newest + (1 - weight) * self.rate[x]

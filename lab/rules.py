@@ -53,7 +53,7 @@ class GRESO(Uniform):
     def observe(self, prompts, num_correct, num_answers, step: int) -> None:
         if not len(prompts):
             return
-        rate = np.array(num_correct) / num_answers
+        rate = np.array(num_correct, float) / np.array(num_answers)
         kind = np.where(rate >= 1, 1, np.where(rate <= 0, -1, 0))  # all right, all wrong, or useful
         self.in_a_row[prompts] = kind * (np.abs(self.in_a_row[prompts]) + 1)
         shares = ((kind > 0).mean(), (kind < 0).mean())
@@ -147,7 +147,7 @@ class Adaptive(Uniform):
         return np.concatenate(found)
 
     def observe(self, prompts, num_correct, num_answers, step: int) -> None:
-        rates = np.array(num_correct) / num_answers
+        rates = np.array(num_correct, float) / np.array(num_answers)
         keep = (1 - 1 / MEMORY) ** len(prompts)
         self.returns *= keep
         self.fresh *= keep

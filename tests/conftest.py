@@ -1,0 +1,39 @@
+"""The contracts of samplers and stores, also for a rule of your own:
+
+    python -m pytest tests/test_samplers.py --rule my_rule.py:Pace
+    python -m pytest tests/test_stores.py --rule my_rule.py:Shelf
+
+The class joins the project's own wherever a test has the argument `make_sampler` or `make_store`, by what it DECIDES.
+Its tests have its name in brackets; `-k Pace` runs these alone. It is made as train.py makes it, with defaults only.
+"""
+
+import pytest
+
+from support.config import load_class
+
+
+def pytest_addoption(parser):
+    parser.addoption("--rule", action="append", default=[], metavar="FILE.py:CLASS", help="run its contract tests too")
+
+
+def pytest_generate_tests(metafunc):
+    for argument, table, stores in (("make_sampler", "SAMPLERS", False), ("make_store", "STORES", True)):
+        if argument in metafunc.fixturenames:
+            kinds = getattr(metafunc.module, table) | rules(metafunc.config, stores)
+            metafunc.parametrize(argument, kinds.values(), ids=kinds.keys())
+
+
+def rules(config, stores: bool) -> dict[str, type]:
+    """The classes named by --rule that are stores, or those that are samplers."""
+    found = {}
+    for name in config.getoption("rule"):
+        try:
+            kind = load_class(name)
+        except (ValueError, FileNotFoundError, ImportError) as error:
+            raise pytest.UsageError(str(error)) from error
+        decides = getattr(kind, "DECIDES", None)
+        if decides not in ("prompts", "places", "extra"):
+            raise pytest.UsageError(f'{name}: DECIDES must be "prompts", "places" or "extra", got {decides!r}')
+        if stores == (decides != "prompts"):
+            found[kind.__name__] = kind
+    return found

@@ -46,7 +46,7 @@ class GRESO(Uniform):
         if z == 0:
             return False
         p = self.chance[0] if z > 0 else self.chance[1]
-        passed = self.chance_rng.random() >= max(p ** abs(z), self.floor)
+        passed = bool(self.chance_rng.random() >= max(p ** abs(z), self.floor))
         self.skipped += passed
         return passed
 

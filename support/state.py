@@ -34,6 +34,8 @@ class Saved:
                 now.bit_generator.state = value
             elif hasattr(now, "load_state_dict"):
                 now.load_state_dict(value)
+            elif isinstance(now, set):
+                setattr(self, name, set(value))
             else:
                 setattr(self, name, copy.deepcopy(value))
 
@@ -46,6 +48,8 @@ def packed(value):
         return value.bit_generator.state
     if hasattr(value, "state_dict"):
         return value.state_dict()
+    if isinstance(value, set):
+        return sorted(value)
     return copy.deepcopy(value)
 
 

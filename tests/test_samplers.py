@@ -18,7 +18,7 @@ import torch
 from lab.rules import GRESO, Adaptive
 from replay import Prioritized, PromptReplay, Uniform
 from support import config
-from support.select import within_reach
+from support.epochs import within_reach
 from tests.conftest import rules
 from tests.helpers import (
     G,
@@ -101,7 +101,7 @@ def test_contract_figures_are_json(make_sampler):
     assert json.loads(json.dumps(sampler.figures())) == sampler.figures()
     history = simulate(sampler, mixed_rates(30), range(20), 3)
     assert json.loads(json.dumps(sampler.figures())) == sampler.figures()
-    assert sampler.figures()["distinct_prompts"] == len(visits(history))  # lab/compare.py reads it
+    assert sampler.seen.sum() == len(visits(history))  # distinct_prompts in metrics.jsonl
 
 
 def test_contract_the_same_seed_gives_the_same_batches(make_sampler):
@@ -416,7 +416,7 @@ def test_prompt_replay_13_replays_are_of_higher_spread_for_any_seed(seed):
 def test_prompt_replay_14_the_buffer_is_what_may_come_back_after_its_cooldown():
     sampler = PromptReplay(60, cooldown=2, share=0.0)
     know(sampler, {0: 4, 1: 12, 2: 3, 3: 13, 4: 8})
-    assert sampler.figures() == {"distinct_prompts": 0, "buffer": 3, "prompt_uses": [0]}
+    assert sampler.figures() == {"buffer": 3, "prompt_uses": [0]}
 
 
 # ---------------------------------------------------------------- the published code of Prompt Replay, and its faults
@@ -669,7 +669,6 @@ def test_prioritized_figures_for_the_log():
     assert figures.pop("prompt_uses") == [3, 1]  # three prompts visited once, one twice
     assert figures == pytest.approx(
         {
-            "distinct_prompts": 3,
             "heap": 8,
             "solved_pool": 1,
             "unsolved_pool": 1,

@@ -276,6 +276,22 @@ def test_rollout_replay_13_uses_are_counted_over_all_steps():
         assert ("replayed_positive" in figures) == bool(replayed)
 
 
+def test_rollout_replay_13_an_answer_without_advantage_is_not_positive():
+    store = RolloutReplay(replay_ratio=1.0, replay_warmup=0)
+    store.complete([group(rewards=(1.0, 0.5, 0.0), birth=0)], 8, 0)
+    store.complete([group(rewards=(1, 0, 0))], 8, 1)
+    assert store.figures(1)["replayed_positive"] == pytest.approx(1 / 3)
+
+
+@pytest.mark.parametrize("kind", [GroupReplay, RolloutReplay])
+def test_seeds_draw_differently_and_the_same_seed_alike(kind):
+    drawn = []
+    for seed in (0, 1, 1):
+        drawn.append([names(batch) for batch in run_store(kind(seed=seed), range(30), 3, 4)])
+    assert drawn[0] != drawn[1]
+    assert drawn[1] == drawn[2]
+
+
 @pytest.mark.parametrize(
     "wrong",
     [

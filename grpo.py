@@ -7,17 +7,17 @@ log-prob is stored), pi_old the policy at the start of the step, and pi the one 
     rho  = pi / pi_old                                       the ratio that is clipped
     loss = -sum over tokens of  weight * w * min(rho A, clip(rho, 1 - low, 1 + high) A)
 
-For fresh answers w mends the small mismatch between engine and trainer (truncated importance sampling); for replayed ones it
-mends staleness as well. GRPO, Dr. GRPO, DAPO, RLOO, GSPO and CISPO are choices of advantage, ratio, loss and `weight`; they
-are no other code path.
+For fresh answers w mends the small mismatch between engine and trainer (truncated importance sampling). For replayed
+ones it mends staleness as well. GRPO, Dr. GRPO, DAPO, RLOO, GSPO and CISPO are choices of advantage, ratio, loss and
+`weight`; they are no other code path.
 
 Departures from the usual code, each on purpose:
 1. With one optimiser step per batch there is no pass for pi_old: it is pi with its gradient stopped.
-2. The loss is a sum over tokens times a weight that is known for the whole optimiser step before it begins, so that neither
-   micro-batches nor ranks can change it.
+2. The loss is a sum over tokens times a weight that is known for the whole optimiser step before it begins, so that
+   neither micro-batches nor ranks can change it.
 3. There is no padding and no mask (support/logprobs.py); the end-of-text token is trained like any other.
-4. Dead groups leave the denominators too: a step of few useful groups is as long as one of many, where GRPO and Dr. GRPO make
-   it shorter by the share of dead groups. Nor does --kl act on them.
+4. Dead groups leave the denominators too: a step of few useful groups is as long as one of many, where GRPO and
+   Dr. GRPO make it shorter by the share of dead groups. Nor does --kl act on them.
 
 Letters: P prompts, G answers per prompt, S answers to train on, N answer tokens, H hidden size, V vocabulary.
 """
@@ -43,7 +43,6 @@ class Answer:
     advantage: float
     age: int  # steps since it was sampled; 0 is fresh
     count: int = 1  # how many equal answers of its group it stands for (support/logprobs.merge_equal)
-    old: torch.Tensor | None = None  # float32 [T], log pi_old, where the step has several optimiser steps
 
 
 def to_answers(batch: list, prompts: list, step: int, mask_truncated: bool) -> list[Answer]:
@@ -93,9 +92,10 @@ def advantages(rewards: torch.Tensor, kind: str = "centred") -> torch.Tensor:
 def token_weights(
     lengths: torch.Tensor, kind: str, max_tokens: int, counts: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """What each token's loss is multiplied by.  lengths: [S] answer tokens of ALL answers that one optimiser step trains on
-    (no dead groups, no masked answers), over all micro-batches and ranks; counts: [S] how many equal answers each stands
-    for -> [S], the weight of every token of that answer (times its count). With S the number of answers:
+    """What each token's loss is multiplied by: [S], the weight of every token of an answer, times its count.
+
+    lengths: [S] tokens of ALL answers that one optimiser step trains on (no dead groups, no masked answers), over all
+    micro-batches and ranks. counts: [S] how many equal answers each stands for. With S the number of answers:
 
     token     1 / all tokens                DAPO's token mean
     sequence  1 / (S * own length)          original GRPO: mean per answer, then over answers
@@ -194,8 +194,8 @@ def k3(logprob: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
 
 
 class Policy(torch.nn.Module):
-    """A causal language model whose forward gives log-probs of packed answers. It is the root that FSDP needs, to have the
-    head's weight at hand."""
+    """A causal language model whose forward gives log-probs of packed answers. It is the root that FSDP needs, to have
+    the head's weight at hand."""
 
     def __init__(self, model):
         super().__init__()
@@ -226,8 +226,8 @@ def autocast(policy: torch.nn.Module, dtype: torch.dtype) -> torch.autocast:
 
 @torch.no_grad()
 def check_policy(policy: Policy) -> None:
-    """ValueError where `Policy.forward` is not the model's own forward: heads that scale, cap or shift their logits, and
-    layers that do not keep packed answers apart."""
+    """ValueError where `Policy.forward` is not the model's own forward: heads that scale, cap or shift their logits,
+    and layers that do not keep packed answers apart."""
     model = policy.model
     low = has_varlen(model)  # these kernels know no float32
     vocabulary = model.get_input_embeddings().num_embeddings
@@ -255,6 +255,7 @@ class Work:
     answers: list[Answer]
     weights: torch.Tensor  # [answers], what each of their tokens is multiplied by
     micros: list[MicroBatch]
+    old: list[torch.Tensor]  # log pi_old of each micro-batch, [N]; empty where pi_old is pi with its gradient stopped
 
 
 def split_minibatches(count: int, parts: int, seed: str) -> list[list[int]]:
@@ -280,20 +281,18 @@ def plan_work(policy: Policy, answers: list[Answer], cfg, step: int) -> list[Wor
         # All ranks go through a sharded model together, so that each needs as many micro-batches as the busiest.
         most = int(ranks.largest(len(micros)))
         micros += [empty_microbatch(device)] * (most - len(micros))
-        work.append(Work(own, weights[mine].to(device), micros))
+        work.append(Work(own, weights[mine].to(device), micros, old=[]))
     return work
 
 
 @torch.no_grad()
 def remember_old(policy: Policy, work: list[Work], cfg) -> None:
-    """Sets `old` of all answers: pi_old is the policy before the first of several optimiser steps."""
+    """Sets `old` of all `work`: pi_old is the policy before the first of several optimiser steps."""
     for part in work:
         for micro in part.micros:
             with autocast(policy, getattr(torch, cfg.dtype)):
                 logprob, _ = policy(micro, cfg.temperature)
-            lengths = [len(part.answers[i].tokens) for i in micro.sequences]
-            for i, old in zip(micro.sequences, logprob.split(lengths), strict=True):
-                part.answers[i].old = old
+            part.old.append(logprob)
 
 
 def update(policy: Policy, optimizer, answers: list[Answer], cfg, step: int, reference: Policy | None = None) -> dict:
@@ -309,15 +308,15 @@ def update(policy: Policy, optimizer, answers: list[Answer], cfg, step: int, ref
     sums = TokenSums()
     norms = []
     for part in work * cfg.epochs:
-        for micro in part.micros:
-            loss = microbatch_loss(policy, reference, part, micro, cfg, sums)
+        for i in range(len(part.micros)):
+            loss = microbatch_loss(policy, reference, part, i, cfg, sums)
             (loss * ranks.world()).backward()  # FSDP takes the mean over ranks, and the loss is a sum
         norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), cfg.grad_clip)
         norms.append(ranks.whole(norm).item())
         if not math.isfinite(norms[-1]):
             raise FloatingPointError(
-                f"the gradient of step {step} is {norms[-1]}; the newest checkpoint is older: lower --lr or look at the "
-                "rewards, and go on with --resume"
+                f"the gradient of step {step} is {norms[-1]}; the newest checkpoint is older: lower --lr or look at "
+                "the rewards, and go on with --resume"
             )
         optimizer.step()
         optimizer.zero_grad()
@@ -326,8 +325,9 @@ def update(policy: Policy, optimizer, answers: list[Answer], cfg, step: int, ref
     return figures | {"grad_norm": sum(norms) / max(len(norms), 1), "optimizer_steps": len(norms)}
 
 
-def microbatch_loss(policy: Policy, reference, part: Work, micro: MicroBatch, cfg, sums: TokenSums) -> torch.Tensor:
-    """The loss of one micro-batch, summed over its tokens; adds its figures to `sums`."""
+def microbatch_loss(policy: Policy, reference, part: Work, number: int, cfg, sums: TokenSums) -> torch.Tensor:
+    """The loss of one micro-batch of `part`, summed over its tokens; adds its figures to `sums`."""
+    micro = part.micros[number]
     with autocast(policy, getattr(torch, cfg.dtype)):
         logprob, entropy = policy(micro, cfg.temperature)  # [N] each
     if not micro.sequences:
@@ -336,9 +336,7 @@ def microbatch_loss(policy: Policy, reference, part: Work, micro: MicroBatch, cf
     # One entry a token, from one an answer.
     rows = [part.answers[i] for i in micro.sequences]
     behaviour = torch.cat([answer.behaviour for answer in rows]).to(logprob.device)
-    old = logprob.detach()
-    if rows[0].old is not None:
-        old = torch.cat([answer.old for answer in rows])
+    old = part.old[number] if part.old else logprob.detach()
     per_answer = [[answer.advantage, answer.age > 0, answer.count] for answer in rows]
     columns = torch.tensor(per_answer, dtype=torch.float64, device=logprob.device)[micro.segment]
     advantage, stale, count = columns.unbind(1)  # [N] each

@@ -1,4 +1,4 @@
-"""GRPO with replay: sample answers, score them 0 or 1, push towards the better ones, and spend rollouts where they teach.
+"""GRPO with replay: sample answers, score them 0 or 1, push towards the better, and spend rollouts where they teach.
 
     python train.py --replay                               the embedded model and task, on a CPU, in minutes
     python train.py --model Qwen/Qwen3-8B --replay         the real thing
@@ -25,13 +25,14 @@ import reward
 import rollout
 from replay import DynamicSampling, Group, GroupReplay, Prioritized, PromptReplay, RolloutReplay, Uniform
 from support import checkpoint, config, folder, log, plan, ranks
+from support.folder import is_done
 from support.model import load_model, make_optimizer, use_varlen_attention
 from tasks import prompts, tiny
 
 
 @dataclass(frozen=True)
 class Method:
-    """What `--replay NAME` stands for: its paper, its rules (classes, or "module:Class"), and what it sets otherwise."""
+    """What `--replay NAME` stands for: its paper, its rules (classes, or "module:Class"), and what else it sets."""
 
     about: str
     rules: tuple
@@ -57,15 +58,13 @@ METHODS["popo"] = METHODS["group"]
 
 @dataclass
 class Config:
-    """Every knob. A setting comes from, in rising order: the defaults here, which are the papers' at model scale; with the
-    embedded model tiny.SETTINGS; the method's settings; the command line. Comments are the flags' help."""
+    """Every knob. A setting comes from, in rising order: the defaults here, which are the papers' at model scale; with
+    the embedded model tiny.SETTINGS; the method's settings; the command line. Comments are the flags' help."""
 
     # ---- what is trained, and on what
     model: str = ""  # Hugging Face id or folder; without it the embedded model is made and trained
     data: str = ""  # polaris (the default), dolci, dapo, gsm8k, math; OWNER/NAME of Hugging Face; or a file
-    data_options: str = (
-        ""  # for the hub's load_dataset, as JSON, e.g. '{"name": "main", "split": "test", "revision": HASH}'
-    )
+    data_options: str = ""  # for load_dataset of the hub, as JSON: '{"name": "main", "split": "test"}'
     problem_column: str | None = None  # column of the problem; found by itself if it has a usual name
     answer_column: str | None = None  # column of the gold answer; found by itself if it has a usual name
     difficulty: tuple[float, float] = (0.0, 1.0)  # keep pass rates within, by the data's column `difficulty`
@@ -90,7 +89,7 @@ class Config:
     wandb: str = ""  # project of Weights & Biases to mirror metrics and samples in
     tensorboard: bool = False  # mirror metrics and samples in tensorboard/ of the run's folder
     # ---- replay
-    replay: str = "none"  # one of METHODS, or some with +; alone: prompt
+    replay: str = "none"  # a method as listed above, or some with +; alone: prompt
     band: tuple[float, float] = (0.25, 0.75)  # prompt: pass rates that may come back, ends included
     share: float = 0.75  # prompt, adaptive: largest share of a batch that may be replayed
     cooldown: int = 10  # prompt, adaptive: least steps between two uses of a prompt
@@ -308,10 +307,6 @@ def record(run: Run, step: int, groups: list[Group], batch: list[Group], trained
     return row
 
 
-def is_done(run: Run) -> bool:
-    return run.step >= run.cfg.steps or 0 < run.cfg.max_rollouts <= run.rollouts
-
-
 def train(run: Run) -> int:
     """The loop. Returns the signal that ended it early, or 0."""
     cfg = run.cfg
@@ -378,16 +373,18 @@ def train(run: Run) -> int:
 def main(argv: list[str]) -> int:
     """A run from beginning to end. Returns the exit code."""
     argv = config.with_value(argv, "replay", "prompt")  # --replay alone is Prompt Replay
-    cfg, given = config.parse(Config, argv, __doc__, config.preset(Config, argv, tiny.SETTINGS, METHODS))
-    model = cfg.model or str(tiny.home(cfg.sharing))
-    with config.exits(2, ValueError, OSError), plan.explained(cfg, model):
-        if cfg.dry_run:
-            print(dry_run(cfg, given))
-            return 0
-        run = Run(cfg)
-        folder.begin(run, asdict(cfg) | {"given": given, "prompts_sha256": run.digest})
-    failures = (rollout.EngineAstray, FloatingPointError, reward.VerifierBroken)
-    with config.exits(2, plan.OutOfMemory, reward.RewardBroken), config.exits(1, *failures), plan.explained(cfg, model):
+    default = config.preset(Config, argv, tiny.SETTINGS, METHODS)
+    cfg, given = config.parse(Config, argv, config.with_methods(__doc__, METHODS), default)
+    memory = plan.explained(cfg, cfg.model or str(tiny.home(cfg.sharing)))
+    wrong = config.exits(2, plan.OutOfMemory, reward.RewardBroken, all_ranks=True)
+    broken = config.exits(1, rollout.EngineAstray, FloatingPointError, reward.VerifierBroken, all_ranks=True)
+    with wrong, broken, memory:
+        with config.exits(2, ValueError, OSError):
+            if cfg.dry_run:
+                print(dry_run(cfg, given))
+                return 0
+            run = Run(cfg)
+            folder.begin(run, asdict(cfg) | {"given": given, "prompts_sha256": run.digest})
         ended_by = 0 if is_done(run) else train(run)
         if not ended_by:
             checkpoint.export(run)

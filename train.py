@@ -89,7 +89,7 @@ class Config:
     wandb: str = ""  # project of Weights & Biases to mirror metrics and samples in
     tensorboard: bool = False  # mirror metrics and samples in tensorboard/ of the run's folder
     # ---- replay
-    replay: str = "none"  # a method as listed above, or some with +; alone: prompt
+    replay: str = "none"  # a method as listed above, file.py:Class, or some with +; alone: prompt
     band: tuple[float, float] = (0.25, 0.75)  # prompt: pass rates that may come back, ends included
     share: float = 0.75  # prompt, adaptive: largest share of a batch that may be replayed
     cooldown: int = 10  # prompt, adaptive: least steps between two uses of a prompt
@@ -154,13 +154,12 @@ def make_rules(cfg: Config, num_prompts: int) -> tuple[Uniform, dict]:
     for an unknown name, for two rules that decide the same, and for settings that cannot be meant."""
     chosen: dict[str, type] = {}
     for name in cfg.replay.split("+") if cfg.replay != "none" else []:
-        if name not in METHODS:
-            raise ValueError(f"--replay {name} is not known; choose from {', '.join(METHODS)} or join some with +")
-        for rule in METHODS[name].rules:
-            rule = config.load_class(rule) if isinstance(rule, str) else rule
-            if rule.DECIDES in chosen:
-                raise ValueError(f"--replay {cfg.replay}: two of these decide the same thing; choose one of them")
-            chosen[rule.DECIDES] = rule
+        for rule in config.load_rules(name, METHODS):
+            place = config.decides(rule)
+            if place in chosen:
+                both = f"{chosen[place].__name__} and {rule.__name__}"
+                raise ValueError(f"--replay {cfg.replay}: {both} decide the same thing; choose one of them")
+            chosen[place] = rule
     sampler = config.build(chosen.get("prompts", Uniform), cfg, num_prompts)
     stores = {place: config.build(chosen[place], cfg) for place in ("places", "extra") if place in chosen}
     return sampler, stores

@@ -6,6 +6,7 @@ read by any number of ranks; and state.pt with all that the ranks share.
 
 import os
 import pickle
+import re
 import shutil
 import warnings
 from dataclasses import asdict
@@ -41,7 +42,9 @@ def choose_folder(cfg, parent: Path) -> Path:
         if not cfg.resume and (folder / "metrics.jsonl").exists():
             raise ValueError(f"{folder} holds a run already; go on with it by --resume, or give another --out")
         return folder
-    name = f"{Path(cfg.model or 'tiny').name}-{cfg.replay if cfg.replay != 'none' else 'grpo'}-s{cfg.seed}"
+    method = "grpo" if cfg.replay == "none" else cfg.replay
+    method = re.sub(r"[^+]*/", "", method).replace(".py:", "-")  # path/to/file.py:Class: file-Class
+    name = f"{Path(cfg.model or 'tiny').name}-{method}-s{cfg.seed}"
     folders = [parent / (name if i == 1 else f"{name}-{i}") for i in range(1, 1000)]
     if cfg.resume:
         return next((f for f in reversed(folders) if newest(f)), folders[0])

@@ -62,6 +62,13 @@ BOUNDS = {
 }
 ABOVE = ("lr", "grad_clip", "gpu_memory", "temperature", "smoothing")  # these have to be above 0
 
+# What train.py asks of a rule, by what the rule decides. replay.Uniform and replay.ReplayStore have most of it.
+NEEDS = {
+    "prompts": ("draw", "observe", "replays", "figures", "state_dict", "load_state_dict"),
+    "places": ("complete", "attach", "learn", "figures", "state_dict", "load_state_dict"),
+    "extra": ("complete", "attach", "learn", "figures", "state_dict", "load_state_dict"),
+}
+
 
 def fail(message: str) -> None:
     print(f"error: {message}; --help lists all flags", file=sys.stderr)
@@ -116,7 +123,7 @@ def with_methods(text: str, methods: dict) -> str:
     """`text`, a description of the program, and below it what --replay takes."""
     lines = [f"    {name:14}{method.about}" for name, method in methods.items()]
     return "\n".join(
-        [text, "--replay takes these, or some of them joined by +", "", *lines]
+        [text, "--replay takes these, a file.py:Class of your own, or some of them joined by +", "", *lines]
     )
 
 
@@ -194,6 +201,34 @@ def load_file(path: str):
         first = str(error).strip().split("\n")[0]
         raise ValueError(f"{path} cannot be imported ({type(error).__name__}: {first})") from error
     return module
+
+
+def load_rules(name: str, methods: dict) -> list[type]:
+    """The classes that one name of --replay stands for: a method's rules, or the class in a user's file.py:Class."""
+    if ".py:" in name:
+        return [load_class(name)]
+    if name not in methods:
+        choices = ", ".join(methods)
+        raise ValueError(
+            f"--replay {name} is not known; choose from {choices}, give file.py:Class, or join some with +"
+        )
+    return [load_class(rule) if isinstance(rule, str) else rule for rule in methods[name].rules]
+
+
+def decides(rule: type) -> str:
+    """What a rule decides: prompts, places or extra. A user's class that does not say so in DECIDES decides prompts if
+    it has `draw`, else extra. ValueError if it lacks what such a rule needs."""
+    usual = "prompts" if hasattr(rule, "draw") else "extra"
+    place = getattr(rule, "DECIDES", usual)
+    if place not in NEEDS:
+        raise ValueError(f"{rule.__name__}.DECIDES must be one of {', '.join(NEEDS)}, not {place!r}")
+    missing = [name for name in NEEDS[place] if not hasattr(rule, name)]
+    if missing:
+        raise ValueError(
+            f"{rule.__name__} has no {', '.join(missing)}: derive it from replay.Uniform if it chooses prompts, or "
+            "from replay.ReplayStore if it completes batches"
+        )
+    return place
 
 
 def build(kind: type, config, *args):

@@ -108,8 +108,8 @@ class Config:
     rollout_capacity: int = 30_000  # rollout: answers stored
     # ---- rollouts
     engine: Literal["auto", "vllm", "transformers"] = "auto"  # what generates; auto: vLLM on a GPU that has it
-    prompts_per_step: int = 32  # P
-    answers_per_prompt: int = 16  # G
+    prompts_per_step: int = 32  # prompts that a step draws, P
+    answers_per_prompt: int = 16  # answers to each of them, G
     max_prompt_tokens: int = 1024  # longer prompts are left out and counted
     max_tokens: int = 7168  # of an answer
     temperature: float = 1.0  # of sampling; log-probs are taken at the same
@@ -199,7 +199,8 @@ class Run:
         model, self.tokenizer, stop_ids = load_model(path, cfg.gradient_checkpointing)
         self.policy = grpo.Policy(model)
         grpo.check_policy(self.policy)
-        use_varlen_attention(model)
+        if use_varlen_attention(model):
+            grpo.check_policy(self.policy)  # once more: it packs in another way
         self.prompts, self.held_out = prompts.load_prompts(cfg, self.tokenizer)
         self.digest = prompts.digest(self.prompts)  # a run is resumed on the data it was started on
         self.gauge = log.Gauge(len(self.prompts))

@@ -9,8 +9,8 @@ from support import ranks
 def load_model(path: str, gradient_checkpointing: bool = False, device: str | None = None):
     """Model in float32 (bf16 weights do not move at lr 1e-6), tokenizer, and the ids that end an answer.
 
-    The model is on the GPU if there is one, but for several ranks on the CPU: sharding takes it from there layer by layer,
-    since it need not fit. ValueError, in one line, if no model can be loaded from `path`.
+    The model is on the GPU if there is one, but for several ranks on the CPU: sharding takes it from there layer by
+    layer, since it need not fit. ValueError, in one line, if no model can be loaded from `path`.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer, logging
 
@@ -22,8 +22,8 @@ def load_model(path: str, gradient_checkpointing: bool = False, device: str | No
     except Exception as error:  # transformers raises half a dozen kinds here, some with pages of text
         first = str(error).strip().split("\n")[0]
         raise ValueError(
-            f"no model can be loaded from {path!r} ({type(error).__name__}: {first}); give a Hugging Face id, or a folder "
-            "with config, weights and tokenizer"
+            f"no model can be loaded from {path!r} ({type(error).__name__}: {first}); give a Hugging Face id, or a "
+            "folder with config, weights and tokenizer"
         ) from error
 
     # An answer may end in any of the ids that the model's own generation stops at.
@@ -50,11 +50,17 @@ def without_dropout(model) -> None:
             module.attention_dropout = 0.0
 
 
-def use_varlen_attention(model) -> None:
-    """On a GPU that has flash attention the model gets it: it reads the borders of packed sequences from position_ids, and
-    needs no mask of L x L. Elsewhere transformers' own choice stays."""
-    if torch.cuda.is_available() and is_flash_attn_2_available():
+def use_varlen_attention(model) -> bool:
+    """On a GPU that has flash attention the model gets it: it reads the borders of packed sequences from position_ids,
+    and needs no mask of L x L. Elsewhere, and in a model that does not know it, transformers' own choice stays.
+    Returns whether there is something new to check: a model that is still on its way to a GPU cannot run it."""
+    if not (torch.cuda.is_available() and is_flash_attn_2_available()):
+        return False
+    try:
         model.set_attn_implementation("flash_attention_2")
+    except (ImportError, ValueError):
+        return False
+    return model.device.type == "cuda"
 
 
 def make_optimizer(model: torch.nn.Module, cfg) -> torch.optim.Optimizer:

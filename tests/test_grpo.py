@@ -11,11 +11,12 @@ import pytest
 import torch
 
 import grpo
+import support.model
 from grpo import Answer, Policy, advantages, check_policy, k3, policy_loss, to_answers, token_weights, update
 from lab import rules
 from replay import Group
 from support.logprobs import pack
-from support.model import make_optimizer, without_dropout
+from support.model import make_optimizer, use_varlen_attention, without_dropout
 from tasks import tiny
 from tests.models import (
     EOS,
@@ -707,6 +708,26 @@ def test_gradient_checkpointing_changes_nothing():
     _, seen, _ = run_update(model, sequences, cfg, lr=0.1)
     for ours, theirs in zip(seen, expected, strict=True):
         assert_same_gradients(ours, theirs)
+
+
+@pytest.mark.parametrize("case", ["no GPU", "no flash attention", "not known to the model", "fits"])
+def test_a_model_gets_the_attention_that_reads_borders_where_it_can(monkeypatch, case):
+    model = small_model()
+    usual = model.config._attn_implementation
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: case != "no GPU")
+    monkeypatch.setattr(support.model, "is_flash_attn_2_available", lambda: case != "no flash attention")
+
+    def choose(name):
+        if case == "not known to the model":
+            raise ValueError("several\nlines")
+        model.config._attn_implementation = name
+
+    monkeypatch.setattr(model, "set_attn_implementation", choose)
+    assert use_varlen_attention(model) is False  # the model is on the CPU: there is nothing to check yet
+    assert model.config._attn_implementation == ("flash_attention_2" if case == "fits" else usual)
+    if case == "fits":
+        monkeypatch.setattr(type(model), "device", SimpleNamespace(type="cuda"))
+        assert use_varlen_attention(model) is True
 
 
 def test_answers_of_a_batch_carry_what_their_groups_know():

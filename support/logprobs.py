@@ -20,8 +20,8 @@ import torch
 class _ChunkedLogProb(torch.autograd.Function):
     """log-prob and entropy of targets from hidden states, a chunk of tokens at a time: [N, V] logits never exist.
 
-    It equals torch.utils.checkpoint over log_softmax of each chunk (tests/test_logprobs.py has that version as an oracle),
-    at half of its time and memory, because the backward pass needs no second log_softmax.
+    It equals torch.utils.checkpoint over log_softmax of each chunk (tests/test_logprobs.py has that version as an
+    oracle), at half of its time and memory, because the backward pass needs no second log_softmax.
     """
 
     @staticmethod
@@ -184,8 +184,8 @@ def has_varlen(model) -> bool:
 
 
 def merge_equal(answers: list) -> list:
-    """Equal answers of one group become one, whose `count` is their number. The gradient is unchanged, as far as the engine
-    gave equal tokens equal log-probs (in bf16 they may differ by rounding)."""
+    """Equal answers of one group become one, whose `count` is their number. The gradient is unchanged, as far as the
+    engine gave equal tokens equal log-probs (in bf16 they may differ by rounding)."""
     merged: dict[tuple, object] = {}
     for answer in answers:
         key = (answer.prompt, answer.age, answer.advantage, answer.tokens.numpy().tobytes())

@@ -1,4 +1,4 @@
-"""Figures of an update: sums over the answer tokens of all micro-batches and ranks, and means of them for the log."""
+"""Figures of an update: sums over the answer tokens of all micro-batches and ranks, and the means that the log shows."""
 
 import torch
 

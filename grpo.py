@@ -44,7 +44,6 @@ class Answer:
     advantage: float
     age: int  # steps since it was sampled; 0 is fresh
     count: int = 1  # how many equal answers of its group it stands for (support/logprobs.merge_equal)
-    old: torch.Tensor | None = None  # float32 [T], log pi_old, where the step has several optimiser steps
 
 
 def to_answers(batch: list, prompts: list, step: int, mask_truncated: bool) -> list[Answer]:
@@ -95,10 +94,10 @@ def advantages(rewards: torch.Tensor, kind: str = "centred") -> torch.Tensor:
 def token_weights(
     lengths: torch.Tensor, kind: str, max_tokens: int, counts: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """What each token's loss is multiplied by.  lengths: [S] answer tokens of ALL answers that one optimiser step
-    trains on (no dead groups, no masked answers), over all micro-batches and ranks; counts: [S] how many equal
-    answers each stands for -> [S], the weight of every token of that answer (times its count). With S the number of
-    answers:
+    """What each token's loss is multiplied by: [S], the weight of every token of an answer, times its count.
+
+    lengths: [S] tokens of ALL answers that one optimiser step trains on (no dead groups, no masked answers), over all
+    micro-batches and ranks. counts: [S] how many equal answers each stands for. With S the number of answers:
 
     token     1 / all tokens                DAPO's token mean
     sequence  1 / (S * own length)          original GRPO: mean per answer, then over answers
@@ -218,9 +217,8 @@ class Policy(torch.nn.Module):
 
         There is no mask and no cache: given either, transformers silently lets packed answers see their neighbours.
         """
-        low = (
-            self.dtype == torch.bfloat16 and ranks.WORLD == 1
-        )  # over several ranks FSDP's mixed precision is in charge
+        # Over several ranks FSDP's own mixed precision is in charge.
+        low = self.dtype == torch.bfloat16 and ranks.WORLD == 1
         with torch.autocast(micro.targets.device.type, torch.bfloat16, enabled=low):
             output = self.model.base_model(
                 input_ids=micro.input_ids, position_ids=micro.position_ids, attention_mask=None, use_cache=False
@@ -239,6 +237,7 @@ class Work:
     answers: list[Answer]
     weights: torch.Tensor  # [answers], what each of their tokens is multiplied by
     micros: list[MicroBatch]
+    old: list[torch.Tensor]  # log pi_old of each micro-batch, [N]; empty where pi_old is pi with its gradient stopped
 
 
 def plan_work(policy: Policy, answers: list[Answer], cfg, step: int) -> list[Work]:
@@ -264,19 +263,17 @@ def plan_work(policy: Policy, answers: list[Answer], cfg, step: int) -> list[Wor
             # All ranks go through a sharded model together, so that each needs as many micro-batches as the busiest.
             most = int(ranks.largest(len(micros)))
             micros += [empty_microbatch(device)] * (most - len(micros))
-        work.append(Work(batch, weights.to(device), micros))
+        work.append(Work(batch, weights.to(device), micros, old=[]))
     return work
 
 
 @torch.no_grad()
 def remember_old(policy: Policy, work: list[Work], cfg) -> None:
-    """Sets `old` of all answers: pi_old is the policy before the first of several optimiser steps."""
+    """Sets `old` of all `work`: pi_old is the policy before the first of several optimiser steps."""
     for part in work:
         for micro in part.micros:
             logprob, _ = policy(micro, cfg.temperature)
-            lengths = [len(part.answers[i].tokens) for i in micro.sequences]
-            for i, old in zip(micro.sequences, logprob.split(lengths), strict=True):
-                part.answers[i].old = old
+            part.old.append(logprob)
 
 
 def update(policy: Policy, optimizer, answers: list[Answer], cfg, step: int, reference: Policy | None = None) -> dict:
@@ -296,8 +293,8 @@ def update(policy: Policy, optimizer, answers: list[Answer], cfg, step: int, ref
     sums: dict[str, float] = defaultdict(float)
     norms = []
     for part in work * cfg.epochs:
-        for micro in part.micros:
-            loss = microbatch_loss(policy, reference, part, micro, cfg, sums)
+        for i in range(len(part.micros)):
+            loss = microbatch_loss(policy, reference, part, i, cfg, sums)
             (loss * ranks.WORLD).backward()  # FSDP takes the mean over ranks, and the loss is a sum
         norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), cfg.grad_clip)
         if ranks.WORLD > 1:
@@ -314,8 +311,9 @@ def update(policy: Policy, optimizer, answers: list[Answer], cfg, step: int, ref
     return token_figures(sums, norms)
 
 
-def microbatch_loss(policy: Policy, reference, part: Work, micro: MicroBatch, cfg, sums: dict) -> torch.Tensor:
-    """The loss of one micro-batch, summed over its tokens; adds its figures to `sums`."""
+def microbatch_loss(policy: Policy, reference, part: Work, number: int, cfg, sums: dict) -> torch.Tensor:
+    """The loss of one micro-batch of `part`, summed over its tokens; adds its figures to `sums`."""
+    micro = part.micros[number]
     logprob, entropy = policy(micro, cfg.temperature)  # [N] each
     if not micro.sequences:
         return logprob.sum()  # nothing, but with a gradient to send through the sharded model
@@ -323,9 +321,7 @@ def microbatch_loss(policy: Policy, reference, part: Work, micro: MicroBatch, cf
     # One entry a token, from one an answer.
     rows = [part.answers[i] for i in micro.sequences]
     behaviour = torch.cat([answer.behaviour for answer in rows]).to(logprob.device)
-    old = logprob.detach()
-    if rows[0].old is not None:
-        old = torch.cat([answer.old for answer in rows])
+    old = part.old[number] if part.old else logprob.detach()
     per_answer = [[answer.advantage, answer.age > 0, answer.count] for answer in rows]
     columns = torch.tensor(per_answer, dtype=torch.float64, device=logprob.device)[micro.segment]
     advantage, stale, count = columns.unbind(1)  # [N] each

@@ -1,5 +1,4 @@
-"""GRPO with replay: sample answers, score them 0 or 1, push towards the better ones, and spend rollouts where they
-teach.
+"""GRPO with replay: sample answers, score them 0 or 1, push towards the better, and spend rollouts where they teach.
 
     python train.py --replay                               the embedded model and task, on a CPU, in minutes
     python train.py --model Qwen/Qwen3-8B --replay         the real thing
@@ -27,14 +26,14 @@ import reward
 import rollout
 from replay import DynamicSampling, Group, GroupReplay, Prioritized, PromptReplay, RolloutReplay, Uniform
 from support import checkpoint, config, folder, log, plan, ranks
+from support.folder import is_done
 from support.model import check_policy, load_model, make_optimizer, use_varlen_attention
 from tasks import prompts, tiny
 
 
 @dataclass(frozen=True)
 class Method:
-    """What `--replay NAME` stands for: its paper, its rules (classes, or "module:Class"), and what it sets
-    otherwise."""
+    """What `--replay NAME` stands for: its paper, its rules (classes, or "module:Class"), and what else it sets."""
 
     about: str
     rules: tuple
@@ -91,7 +90,7 @@ class Config:
     wandb: str = ""  # project of Weights & Biases to mirror metrics and samples in
     tensorboard: bool = False  # mirror metrics and samples in tensorboard/ of the folder
     # ---- replay
-    replay: str = "none"  # one of METHODS, or some with +; alone: prompt
+    replay: str = "none"  # a method as listed above, file.py:Class, or some with +; alone: prompt
     band: tuple[float, float] = (0.25, 0.75)  # prompt: pass rates that may come back, ends included
     share: float = 0.75  # prompt, adaptive: largest share of a batch that may come back
     cooldown: int = 10  # prompt, adaptive: least steps between two uses of a prompt
@@ -110,8 +109,8 @@ class Config:
     rollout_capacity: int = 30_000  # rollout: answers stored
     # ---- rollouts
     engine: Literal["auto", "vllm", "transformers"] = "auto"  # auto: vLLM on a GPU that has it
-    prompts_per_step: int = 32  # P
-    answers_per_prompt: int = 16  # G
+    prompts_per_step: int = 32  # prompts that a step draws, P
+    answers_per_prompt: int = 16  # answers to each of them, G
     max_prompt_tokens: int = 1024  # longer prompts are left out and counted
     max_tokens: int = 7168  # of an answer
     temperature: float = 1.0  # of sampling; log-probs are taken at the same
@@ -157,13 +156,12 @@ def make_rules(cfg: Config, num_prompts: int) -> tuple[Uniform, dict]:
     for an unknown name, for two rules that decide the same, and for settings that cannot be meant."""
     chosen: dict[str, type] = {}
     for name in cfg.replay.split("+") if cfg.replay != "none" else []:
-        if name not in METHODS:
-            raise ValueError(f"--replay {name} is not known; choose from {', '.join(METHODS)} or join some with +")
-        for rule in METHODS[name].rules:
-            rule = config.load_class(rule) if isinstance(rule, str) else rule
-            if rule.DECIDES in chosen:
-                raise ValueError(f"--replay {cfg.replay}: two of these decide the same thing; choose one of them")
-            chosen[rule.DECIDES] = rule
+        for rule in config.load_rules(name, METHODS):
+            place = config.decides(rule)
+            if place in chosen:
+                both = f"{chosen[place].__name__} and {rule.__name__}"
+                raise ValueError(f"--replay {cfg.replay}: {both} decide the same thing; choose one of them")
+            chosen[place] = rule
     sampler = config.build(chosen.get("prompts", Uniform), cfg, num_prompts)
     stores = {place: config.build(chosen[place], cfg) for place in ("places", "extra") if place in chosen}
     return sampler, stores
@@ -201,7 +199,8 @@ class Run:
         model, self.tokenizer, stop_ids = load_model(path, cfg.gradient_checkpointing)
         self.policy = grpo.Policy(model, cfg.dtype)
         check_policy(self.policy)
-        use_varlen_attention(model)
+        if use_varlen_attention(model):
+            check_policy(self.policy)  # once more: it packs in another way
         self.prompts, held_out = prompts.load_prompts(cfg, self.tokenizer)
         self.held_out = held_out if cfg.eval_every else []
         self.digest = prompts.digest(self.prompts)  # a run is resumed on the data it was started on
@@ -316,9 +315,7 @@ def train(run: Run) -> int:
     cfg = run.cfg
     places = cfg.prompts_per_step
     stop = ranks.Stop()
-    first = {}
-    if run.held_out and run.step == 0:
-        first = {"eval_accuracy_start": evaluate(run)}
+    first = {"eval_accuracy_start": evaluate(run)} if run.held_out and run.step == 0 else {}
     progress = log.steps_left(run)
     for step in progress:
         run.seconds = dict.fromkeys(("rollout", "reward", "update", "sync"), 0.0)
@@ -377,18 +374,19 @@ def train(run: Run) -> int:
 def main(argv: list[str]) -> int:
     """A run from beginning to end. Returns the exit code."""
     argv = config.with_value(argv, "replay", "prompt")  # --replay alone is Prompt Replay
-    cfg, given = config.parse(Config, argv, __doc__, config.preset(Config, argv, tiny.SETTINGS, METHODS))
-    model = cfg.model or str(tiny.home(cfg.sharing))
-    with config.exits(2, ValueError, OSError), plan.explained(cfg, model):
-        if cfg.dry_run:
-            print(dry_run(cfg, given))
-            return 0
-        run = Run(cfg)
-        folder.begin(run, asdict(cfg) | {"given": given, "prompts_sha256": run.digest})
-    failures = (rollout.EngineAstray, FloatingPointError, reward.VerifierBroken)
-    mistakes = (reward.RewardBroken, plan.OutOfMemory, OSError)
-    with config.exits(2, *mistakes), config.exits(1, *failures), plan.explained(cfg, model):
-        ended_by = train(run)
+    default = config.preset(Config, argv, tiny.SETTINGS, METHODS)
+    cfg, given = config.parse(Config, argv, config.with_methods(__doc__, METHODS), default)
+    memory = plan.explained(cfg, cfg.model or str(tiny.home(cfg.sharing)))
+    wrong = config.exits(2, plan.OutOfMemory, reward.RewardBroken, OSError, all_ranks=True)
+    broken = config.exits(1, rollout.EngineAstray, FloatingPointError, reward.VerifierBroken, all_ranks=True)
+    with wrong, broken, memory:
+        with config.exits(2, ValueError, OSError):
+            if cfg.dry_run:
+                print(dry_run(cfg, given))
+                return 0
+            run = Run(cfg)
+            folder.begin(run, asdict(cfg) | {"given": given, "prompts_sha256": run.digest})
+        ended_by = 0 if is_done(run) else train(run)
         if not ended_by:
             checkpoint.export(run)
     folder.end(run, ended_by)

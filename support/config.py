@@ -12,12 +12,11 @@ from pathlib import Path
 
 import tyro
 
-from support import ranks
-
 ROOT = Path(__file__).parent.parent  # of the project
 OUT = ROOT / "out"  # where runs, and the embedded model, are kept
 
-# Least and largest value of each number. What is beyond the largest is a slip of the hand: it would never end.
+# Least and largest value of each number. What is beyond the largest is a slip of the hand: it would start, and never
+# end. Numbers that are not here only have to be finite, or are checked in `check_training`.
 BOUNDS = {
     "answers_per_prompt": (2, 4096),
     "batch": (1, 1_000_000),
@@ -61,7 +60,14 @@ BOUNDS = {
     "tokens_per_microbatch": (1, 10**9),
     "weight_decay": (0, 10),
 }
-ABOVE = ("lr", "grad_clip", "temperature", "smoothing")  # these have to be above 0
+ABOVE = ("lr", "grad_clip", "gpu_memory", "temperature", "smoothing")  # these have to be above 0
+
+# What train.py asks of a rule, by what the rule decides. replay.Uniform and replay.ReplayStore have most of it.
+NEEDS = {
+    "prompts": ("draw", "observe", "replays", "figures", "state_dict", "load_state_dict"),
+    "places": ("complete", "attach", "learn", "figures", "state_dict", "load_state_dict"),
+    "extra": ("complete", "attach", "learn", "figures", "state_dict", "load_state_dict"),
+}
 
 
 def fail(message: str) -> None:
@@ -91,19 +97,22 @@ def is_given(argv: list[str], name: str) -> bool:
 
 
 def value_of(argv: list[str], name: str, default: str = "") -> str:
-    """What `argv` says of one flag, before it is parsed: other defaults depend on it."""
+    """What `argv` says of one flag, before it is parsed: other defaults depend on it. The last one wins, as there."""
+    found = default
     for i, word in enumerate(argv):
         key, equals, value = word.partition("=")
-        if key.replace("_", "-") == flag(name):
-            if equals:
-                return value
-            return argv[i + 1] if i + 1 < len(argv) else default
-    return default
+        if key.replace("_", "-") != flag(name):
+            continue
+        if equals:
+            found = value
+        elif i + 1 < len(argv):
+            found = argv[i + 1]
+    return found
 
 
 def preset(kind: type, argv: list[str], embedded: dict, methods: dict):
-    """The defaults of train.py that hold for this command line: `embedded` where no model is named, and
-    what the methods named by --replay set, in the order of `methods`, whatever the order they are named in."""
+    """The defaults of train.py that hold for this command line: `embedded` where no model is named, and what the
+    methods named by --replay set, in the order of `methods`, whatever the order they are named in."""
     settings = {"data": "polaris"} if value_of(argv, "model") else dict(embedded)
     chosen = value_of(argv, "replay", "none").split("+")
     for name, method in methods.items():
@@ -112,11 +121,19 @@ def preset(kind: type, argv: list[str], embedded: dict, methods: dict):
     return kind(**settings)
 
 
+def with_methods(text: str, methods: dict) -> str:
+    """`text`, a description of the program, and below it what --replay takes."""
+    lines = [f"    {name:14}{method.about}" for name, method in methods.items()]
+    return "\n".join(
+        [text, "--replay takes these, a file.py:Class of your own, or some of them joined by +", "", *lines]
+    )
+
+
 def with_value(argv: list[str], name: str, value: str) -> list[str]:
     """`argv` with `value` behind a flag that stands there without one."""
     argv = list(argv)
     for i, word in enumerate(argv):
-        if word == flag(name) and (i + 1 == len(argv) or argv[i + 1].startswith("--")):
+        if word == flag(name) and (i + 1 == len(argv) or argv[i + 1].startswith("-")):
             argv.insert(i + 1, value)
             break
     return argv
@@ -153,24 +170,18 @@ def check_training(config) -> None:
         raise ValueError(f"--difficulty needs two pass rates in [0, 1], the lower first, got {config.difficulty}")
     if config.model and config.sharing != "digits":
         raise ValueError("--sharing is a knob of the embedded task; leave out --model or --sharing")
+    if {"adaptive", "rollout"} <= set(config.replay.split("+")):
+        raise ValueError("--replay adaptive judges stored groups by all that is replayed; it cannot join rollout")
     if config.gpus and not config.dry_run:
         raise ValueError("--gpus is for --dry-run: a run takes the GPUs that it finds")
 
 
 def load_class(name: str) -> type:
-    """The class in `module:Class`, or in a user's `path/to/file.py:Class`. ValueError or FileNotFoundError
-    in one line."""
+    """The class in `module:Class`, or in a user's `path/to/file.py:Class`. ValueError or FileNotFoundError, in one
+    line, where there is none."""
     place, _, kind = name.rpartition(":")
     if place.endswith(".py"):
-        if not os.path.isfile(place):
-            raise FileNotFoundError(f"{name}: there is no file {os.path.abspath(place)}")
-        spec = importlib.util.spec_from_file_location(Path(place).stem, place)
-        module = importlib.util.module_from_spec(spec)
-        sys.modules[spec.name] = module  # dataclasses look their module up there
-        try:
-            spec.loader.exec_module(module)
-        except Exception as error:  # it is the user's code
-            raise ValueError(f"{name}: {place} cannot be imported ({type(error).__name__}: {error})") from error
+        module = load_file(place)
     else:
         module = importlib.import_module(place)
     found = getattr(module, kind, None)
@@ -179,19 +190,70 @@ def load_class(name: str) -> type:
     return found
 
 
+def load_file(path: str):
+    """The module that a user's file is."""
+    if not os.path.isfile(path):
+        raise FileNotFoundError(f"there is no file {os.path.abspath(path)}")
+    name = f"file {os.path.abspath(path)}"  # no module of the project, or of anything else, may be called so
+    spec = importlib.util.spec_from_file_location(name, path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # dataclasses look their module up there
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:  # it is the user's code
+        first = str(error).strip().split("\n")[0]
+        raise ValueError(f"{path} cannot be imported ({type(error).__name__}: {first})") from error
+    return module
+
+
+def load_rules(name: str, methods: dict) -> list[type]:
+    """The classes that one name of --replay stands for: a method's rules, or the class in a user's file.py:Class."""
+    if ".py:" in name:
+        return [load_class(name)]
+    if name not in methods:
+        choices = ", ".join(methods)
+        raise ValueError(
+            f"--replay {name} is not known; choose from {choices}, give file.py:Class, or join some with +"
+        )
+    return [load_class(rule) if isinstance(rule, str) else rule for rule in methods[name].rules]
+
+
+def decides(rule: type) -> str:
+    """What a rule decides: prompts, places or extra. A user's class that does not say so in DECIDES decides prompts if
+    it has `draw`, else extra. ValueError if it lacks what such a rule needs."""
+    usual = "prompts" if hasattr(rule, "draw") else "extra"
+    place = getattr(rule, "DECIDES", usual)
+    if place not in NEEDS:
+        raise ValueError(f"{rule.__name__}.DECIDES must be one of {', '.join(NEEDS)}, not {place!r}")
+    missing = [name for name in NEEDS[place] if not hasattr(rule, name)]
+    if missing:
+        raise ValueError(
+            f"{rule.__name__} has no {', '.join(missing)}: derive it from replay.Uniform if it chooses prompts, or "
+            "from replay.ReplayStore if it completes batches"
+        )
+    return place
+
+
 def build(kind: type, config, *args):
-    """A `kind`, whose keyword arguments are the settings in `config` that bear the same names."""
-    names = inspect.signature(kind).parameters
-    settings = {field.name: getattr(config, field.name) for field in dataclasses.fields(config) if field.name in names}
+    """A `kind`, whose keyword arguments are the settings in `config` that bear the same names. ValueError if it needs
+    others."""
+    signature = inspect.signature(kind)
+    names = {field.name for field in dataclasses.fields(config)} & set(signature.parameters)
+    settings = {name: getattr(config, name) for name in names}
+    try:
+        signature.bind(*args, **settings)
+    except TypeError as error:
+        raise ValueError(f"{kind.__name__} cannot be made ({error}): what is no flag needs a default") from error
     return kind(*args, **settings)
 
 
 @contextlib.contextmanager
-def exits(code: int, *kinds: type[Exception]):
-    """A user's mistake ends in one line and exit code `code`; of several ranks the first one says it."""
+def exits(code: int, *kinds: type[Exception], all_ranks: bool = False):
+    """A mistake ends in one line and exit code `code`. What is wrong on every rank is said by the first one; with
+    `all_ranks` each says it, as it may be wrong on one of them alone."""
     try:
         yield
     except kinds as error:
-        if ranks.is_main():
+        if all_ranks or os.environ.get("RANK", "0") == "0":  # the ranks may not have met yet
             print(f"error: {error}", file=sys.stderr)
         raise SystemExit(code) from error

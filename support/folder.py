@@ -5,6 +5,10 @@ from pathlib import Path
 from support import checkpoint, log, plot, ranks
 
 
+def is_done(run) -> bool:
+    return run.step >= run.cfg.steps or 0 < run.cfg.max_rollouts <= run.rollouts
+
+
 def begin(run, settings: dict) -> None:
     """Makes the run's folder its own, writes config.json into it, and opens the mirrors."""
     claimed = checkpoint.claim(run.folder, run.cfg) if ranks.is_main() else ""
@@ -15,7 +19,7 @@ def begin(run, settings: dict) -> None:
     run.mirror.start(run.folder, settings, run.step)
     where = f"run folder: {run.folder}"
     if run.step:
-        going = "nothing left to do" if run.step >= run.cfg.steps else "going on"
+        going = "nothing left to do" if is_done(run) else "going on"
         where += f", {going} after step {run.step}"
     print(where)
 

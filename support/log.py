@@ -203,8 +203,6 @@ def peak_memory_mb() -> float:
 def steps_left(run):
     """The steps that are left, with a bar on rank 0 where there is a terminal."""
     steps = range(run.step + 1, run.cfg.steps + 1)
-    if 0 < run.cfg.max_rollouts <= run.rollouts:
-        steps = range(0)  # a resumed run that has spent what it may
     disable = None if ranks.is_main() else True  # None: no bar where there is no terminal
     return tqdm(steps, initial=run.step, total=run.cfg.steps, unit="step", disable=disable)
 

@@ -66,11 +66,17 @@ def without_dropout(model) -> None:
             module.attention_dropout = 0.0
 
 
-def use_varlen_attention(model) -> None:
-    """On a GPU that has flash attention the model gets it: it reads the borders of packed sequences from
-    position_ids, and needs no mask of L x L. Elsewhere transformers' own choice stays."""
-    if torch.cuda.is_available() and is_flash_attn_2_available():
+def use_varlen_attention(model) -> bool:
+    """On a GPU that has flash attention the model gets it: it reads the borders of packed sequences from position_ids,
+    and needs no mask of L x L. Elsewhere, and in a model that does not know it, transformers' own choice stays.
+    Returns whether there is something new to check: a model that is still on its way to a GPU cannot run it."""
+    if not (torch.cuda.is_available() and is_flash_attn_2_available()):
+        return False
+    try:
         model.set_attn_implementation("flash_attention_2")
+    except (ImportError, ValueError):
+        return False
+    return model.device.type == "cuda"
 
 
 @torch.no_grad()

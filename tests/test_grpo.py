@@ -4,29 +4,34 @@ import copy
 import dataclasses
 import itertools
 import math
-import random
 from datetime import timedelta
+from types import SimpleNamespace
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 import grpo
-from grpo import advantages, k3, policy_loss, token_weights, update
-from support.config import Config
-from support.logprobs import (
-    LogProbModel,
-    Sequence,
-    check_model,
-    choose_attention,
-    model_logprobs,
-    pack,
-    share_out,
-    token_logprobs,
-)
+import support.model
+from grpo import Answer, Policy, advantages, k3, policy_loss, to_answers, token_weights, update
+from lab import rules
+from replay import Group
+from support.logprobs import pack
+from support.model import check_policy, make_optimizer, use_varlen_attention, without_dropout
 from tasks import tiny
+from tests.models import (
+    EOS,
+    PAD,
+    VOCABULARY,
+    assert_same_gradients,
+    gradients,
+    naive_logprobs,
+    random_answers,
+    relative,
+    small_model,
+    with_behaviour,
+)
+from train import Config
 
-VOCABULARY, PAD, EOS = 23, 0, 1
 F64 = torch.float64
 CLIP = {"clip_low": 0.2, "clip_high": 0.28}
 
@@ -154,7 +159,7 @@ def test_zero_advantage_has_no_gradient_and_counts_as_unclipped():
 @pytest.mark.parametrize("loss", ["clip", "cispo"])
 def test_importance_weight_multiplies_loss_and_gradient(w, cap, used, rho, sign, loss):
     # the clip acts on rho alone, so that w changes nothing but the size
-    plain, weighted = (one_token(rho, sign, w=x, cap=c, loss=loss) for x, c in ((1.0, math.inf), (w, cap)))
+    plain, weighted = (one_token(rho, sign, w=x, is_cap=c, loss=loss) for x, c in ((1.0, math.inf), (w, cap)))
     assert weighted[:2] == pytest.approx((used * plain[0], used * plain[1]))
     assert weighted[2] == plain[2]
 
@@ -164,13 +169,13 @@ def test_only_the_ratio_carries_gradient():
     logprob, old, behaviour = (torch.randn(4, dtype=F64, requires_grad=True) for _ in range(3))
     for loss, ratio, proximal in itertools.product(("clip", "cispo"), ("token", "sequence"), ("old", "birth")):
         value, _ = policy_loss(
-            logprob, old, behaviour, ones, ones, segment, cap=math.inf, ratio=ratio, loss=loss, proximal=proximal
+            logprob, old, behaviour, ones, ones, segment, is_cap=math.inf, ratio=ratio, loss=loss, proximal=proximal
         )
         value.backward()
         assert old.grad is None and behaviour.grad is None
     # pi_old may be the very tensor that is trained: gradient w A, without a part from d w / d theta
     logprob.grad = None
-    policy_loss(logprob, logprob, behaviour.detach(), ones, ones, segment, cap=math.inf)[0].backward()
+    policy_loss(logprob, logprob, behaviour.detach(), ones, ones, segment, is_cap=math.inf)[0].backward()
     torch.testing.assert_close(logprob.grad, -torch.exp(logprob - behaviour).detach())
 
 
@@ -188,12 +193,12 @@ def token_batch(drift: float = 0.3):
 def test_birth_is_ppo_against_the_behaviour_policy(cap, ratio):
     logprob, old, behaviour, *rest = token_batch()
     options = CLIP | {"dual_clip": 10.0, "ratio": ratio}
-    birth, flags = policy_loss(logprob, old, behaviour, *rest, cap=cap, proximal="birth", **options)
-    plain, plain_flags = policy_loss(logprob, behaviour, behaviour, *rest, cap=0, **options)
+    birth, flags = policy_loss(logprob, old, behaviour, *rest, is_cap=cap, proximal="birth", **options)
+    plain, plain_flags = policy_loss(logprob, behaviour, behaviour, *rest, is_cap=0, **options)
     torch.testing.assert_close(birth, plain)
     torch.testing.assert_close(*(torch.autograd.grad(x, logprob)[0] for x in (birth, plain)))
     assert torch.equal(flags, plain_flags)
-    decoupled, _ = policy_loss(logprob, old, behaviour, *rest, cap=cap, **options)
+    decoupled, _ = policy_loss(logprob, old, behaviour, *rest, is_cap=cap, **options)
     assert abs((birth - decoupled).item()) > 1e-3
 
 
@@ -204,7 +209,7 @@ def test_on_policy_gradient_is_the_weighted_policy_gradient(loss, ratio, cap):
     # popo.md section 9 point 7: at theta = pi_old the ratio is 1, and d loss / d log pi = - weight w A
     logprob, old, behaviour, advantage, weight, segment = token_batch(drift=0.0)
     value, clipped = policy_loss(
-        logprob, old, behaviour, advantage, weight, segment, loss=loss, ratio=ratio, cap=cap, dual_clip=10.0, **CLIP
+        logprob, old, behaviour, advantage, weight, segment, loss=loss, ratio=ratio, is_cap=cap, dual_clip=10.0, **CLIP
     )
     w = torch.exp(old - behaviour)
     w = torch.ones(7, dtype=F64) if cap == 0 else w.clamp(max=cap or math.inf)
@@ -308,12 +313,12 @@ def test_replayed_gradient_equals_the_on_policy_gradient_in_expectation():
     on_policy = expected_gradient(theta, policy.log(), advantage)
     by_hand = -policy * (advantage - (policy * advantage).sum())  # - sum pi A grad log pi
     torch.testing.assert_close(on_policy, by_hand)
-    torch.testing.assert_close(expected_gradient(theta, stale, advantage, cap=math.inf), by_hand)
+    torch.testing.assert_close(expected_gradient(theta, stale, advantage, is_cap=math.inf), by_hand)
     # negative control (popo.md section 9 point 9): taken for on-policy, the same data point elsewhere
-    wrong = expected_gradient(theta, stale, advantage, cap=0)
+    wrong = expected_gradient(theta, stale, advantage, is_cap=0)
     assert (wrong - by_hand).norm() > 0.5 * by_hand.norm()
     # truncation leaves a bias, but a smaller one
-    truncated = expected_gradient(theta, stale, advantage, cap=2.0)
+    truncated = expected_gradient(theta, stale, advantage, is_cap=2.0)
     assert 0 < (truncated - by_hand).norm() < (wrong - by_hand).norm()
 
 
@@ -344,7 +349,7 @@ def learn(seed: int, cap: float, age: int, steps: int = 200, groups: int = 16, s
         stored.append((drawn, logprob.detach()[drawn], advantages(rewards.view(groups, size)).flatten()))
         drawn, behaviour, values = stored[max(step - age, 0)]
         new, weight = logprob[drawn], torch.full_like(behaviour, 1 / len(drawn))
-        loss, _ = policy_loss(new, new.detach(), behaviour, values, weight, torch.arange(len(drawn)), cap=cap)
+        loss, _ = policy_loss(new, new.detach(), behaviour, values, weight, torch.arange(len(drawn)), is_cap=cap)
         (gradient,) = torch.autograd.grad(loss, theta)
         theta = (theta - 0.5 * gradient).detach().requires_grad_()
     return (torch.softmax(theta, -1) @ right).item()
@@ -358,241 +363,6 @@ def test_stale_replay_learns_with_weights_and_stalls_without():
     assert min(fresh) > 0.9
     assert min(exact) > 0.85 and min(truncated) > 0.85
     assert max(uncorrected) < 0.75
-
-
-# ---------------------------------------------------------------- log-probs without full logits
-
-
-def naive_head(hidden, weight, targets, temperature):
-    logprobs = torch.log_softmax(hidden @ weight.T / temperature, -1)
-    return logprobs.gather(1, targets[:, None])[:, 0], -(logprobs.exp() * logprobs).sum(-1)
-
-
-def head_inputs(dtype, tokens=37, scale=1.0):
-    hidden, weight = torch.randn(tokens, 8, dtype=dtype), scale * torch.randn(VOCABULARY, 8, dtype=dtype)
-    return hidden.requires_grad_(), weight.requires_grad_(), torch.randint(VOCABULARY, (tokens,))
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])  # computed in float32 in either case
-@pytest.mark.parametrize("chunk", [1, 5, 37, 1000])
-@pytest.mark.parametrize("temperature", [1.0, 0.6])
-def test_token_logprobs_equal_full_logits(dtype, chunk, temperature):
-    hidden, weight, targets = head_inputs(dtype)
-    logprob, entropy = token_logprobs(hidden, weight, targets, temperature, chunk)
-    expected, expected_entropy = naive_head(hidden, weight, targets, temperature)
-    assert logprob.dtype == entropy.dtype == torch.float32 and not entropy.requires_grad
-    torch.testing.assert_close(logprob.to(dtype), expected, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(entropy.to(dtype), expected_entropy, rtol=1e-5, atol=1e-5)
-    slope = torch.randn(37)
-    ours, theirs = (torch.autograd.grad((slope * x).sum(), (hidden, weight)) for x in (logprob, expected))
-    for a, b in zip(ours, theirs, strict=True):
-        assert a.dtype == dtype
-        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
-
-
-def test_token_logprobs_gradcheck():
-    # logits are brought to float32, so that steps of 1e-2 and tolerances of float32 are what can be asked
-    hidden, weight, targets = head_inputs(F64, tokens=5)
-    torch.autograd.gradcheck(
-        lambda h, w: token_logprobs(h, w, targets, 0.8, 2)[0].double(), (hidden, weight), eps=1e-2, atol=2e-3, rtol=1e-2
-    )
-
-
-def test_token_logprobs_of_nothing():
-    hidden, weight, targets = head_inputs(torch.float32, tokens=0)
-    logprob, entropy = token_logprobs(hidden, weight, targets)
-    logprob.sum().backward()
-    assert logprob.shape == entropy.shape == (0,) and weight.grad.abs().sum() == 0
-
-
-def relative(a: torch.Tensor, b: torch.Tensor) -> float:
-    return ((a - b).norm() / b.norm()).item()
-
-
-@pytest.mark.parametrize("way", ["inputs", "autocast"])
-def test_token_logprobs_in_bfloat16(way):
-    """bf16 inputs, or float32 inputs under autocast: log-probs and gradients stay near those of float32."""
-    hidden, weight, targets = head_inputs(torch.float32, tokens=200)
-    if way == "inputs":
-        low = [x.detach().bfloat16().requires_grad_() for x in (hidden, weight)]
-        hidden, weight = (x.detach().float().requires_grad_() for x in low)
-        logprob, entropy = token_logprobs(*low, targets, 0.9, 64)
-    else:
-        low = [x.detach().clone().requires_grad_() for x in (hidden, weight)]
-        with torch.autocast("cpu", torch.bfloat16):
-            logprob, entropy = token_logprobs(*low, targets, 0.9, 64)
-    expected, expected_entropy = naive_head(hidden, weight, targets, 0.9)
-    assert logprob.dtype == torch.float32
-    torch.testing.assert_close(logprob, expected, rtol=0, atol=0.1)
-    torch.testing.assert_close(entropy, expected_entropy, rtol=0, atol=0.05)
-    assert (logprob - expected).abs().mean() < 0.02
-    slope = torch.randn(200)
-    ours, theirs = (
-        torch.autograd.grad((slope * x).sum(), inputs) for x, inputs in ((logprob, low), (expected, (hidden, weight)))
-    )
-    for a, b, parameter in zip(ours, theirs, low, strict=True):
-        assert a.dtype == parameter.dtype and relative(a.float(), b) < 0.02
-
-
-def test_gradient_under_autocast_is_that_of_the_log_probs_returned():
-    # The trap: autocast is off in a backward pass. Logits made anew in float32 do not fit the normaliser of bf16 ones,
-    # and tokens that the model is sure of, whose gradient is next to nothing, get one of several per cent.
-    hidden, weight, _ = head_inputs(torch.float32, tokens=200, scale=4.0)
-    targets = (hidden @ weight.T).argmax(-1)
-    with torch.autocast("cpu", torch.bfloat16):
-        logprob, _ = token_logprobs(hidden, weight, targets, chunk=64)
-    low = hidden.bfloat16(), weight.bfloat16()
-    expected = torch.log_softmax((low[0] @ low[1].T).float(), -1).gather(1, targets[:, None])[:, 0]
-    torch.testing.assert_close(logprob, expected, rtol=0, atol=1e-4)
-    ours, theirs = (torch.autograd.grad(x.sum(), (hidden, weight)) for x in (logprob, expected))
-    for a, b in zip(ours, theirs, strict=True):
-        assert relative(a, b) < 0.02
-
-
-# ---------------------------------------------------------------- packing
-
-
-def small_model(kind: str = "qwen3", seed: int = 0):
-    """A random model of two layers; weights large enough that attention matters."""
-    torch.manual_seed(seed)
-    sizes = {
-        "vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
-        "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 128, "initializer_range": 0.15,
-        "pad_token_id": PAD, "eos_token_id": EOS, "bos_token_id": None, "tie_word_embeddings": kind == "qwen3",
-    }  # fmt: skip
-    if kind == "qwen3":
-        return Qwen3ForCausalLM(Qwen3Config(head_dim=8, **sizes)).eval()
-    return LlamaForCausalLM(LlamaConfig(**sizes)).eval()
-
-
-def naive_logprobs(model, sequence, temperature=1.0):
-    """Log-probs and entropies of one answer: an ordinary forward of it alone with full logits."""
-    ids = torch.cat([torch.tensor(sequence.prompt), sequence.tokens.long()])
-    logits = model(input_ids=ids[None]).logits[0, len(sequence.prompt) - 1 : -1] / temperature
-    logprobs = torch.log_softmax(logits, -1)
-    entropy = -(logprobs.exp() * logprobs).sum(-1)
-    return logprobs.gather(1, sequence.tokens.long()[:, None])[:, 0], entropy.detach()
-
-
-def random_sequences(count: int, seed: int, longest: int = 12) -> list[Sequence]:
-    """Answers of 1 to `longest` tokens, any id inside, most ending in EOS. Log mu is set by `with_behaviour`."""
-    rng = random.Random(seed)
-    made = []
-    for i in range(count):
-        prompt = tuple(rng.randrange(VOCABULARY) for _ in range(rng.randint(1, longest)))
-        tokens = [rng.randrange(VOCABULARY) for _ in range(rng.randint(1, longest))]
-        tokens[-1] = EOS if rng.random() < 0.8 else tokens[-1]
-        answer = torch.tensor(tokens, dtype=torch.int32)
-        advantage = rng.choice([-1.0, -0.4, 0.3, 0.9])
-        made.append(Sequence(prompt, answer, torch.zeros(len(tokens)), advantage, age=i % 3))
-    return made
-
-
-def with_behaviour(model, sequences, temperature=1.0, noise=0.4) -> list[Sequence]:
-    """The same answers, sampled by a policy that is off from `model` by `noise` in log-probs."""
-    generator = torch.Generator().manual_seed(5)
-    moved = []
-    for s in sequences:
-        with torch.no_grad():
-            logprob, _ = naive_logprobs(model, s, temperature)
-        moved.append(
-            dataclasses.replace(s, behaviour=logprob + noise * torch.randn(len(s.tokens), generator=generator))
-        )
-    return moved
-
-
-def gradients(model) -> dict[str, torch.Tensor]:
-    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-
-
-def assert_same_gradients(ours, theirs, tolerance=1e-5):
-    assert ours.keys() == theirs.keys()
-    scale = max(g.abs().max() for g in theirs.values())
-    assert scale > 0
-    for name, gradient in ours.items():
-        torch.testing.assert_close(gradient, theirs[name], rtol=1e-4, atol=tolerance * scale.item(), msg=name)
-
-
-@pytest.mark.parametrize("kind", ["qwen3", "llama"])
-@pytest.mark.parametrize(("tokens", "row_length"), [(10_000, None), (10_000, 60), (70, None), (1, None)])
-def test_packed_equals_unpacked(kind, tokens, row_length):
-    model, sequences = small_model(kind), random_sequences(9, seed=1)
-    slopes = [torch.randn(len(s.tokens)) for s in sequences]
-    packed: dict[int, tuple] = {}
-    for micro in pack(sequences, tokens, row_length):
-        logprob, entropy = model_logprobs(model, micro, 0.8)
-        lengths = [len(sequences[i].tokens) for i in micro.sequences]
-        parts = zip(logprob.split(lengths), entropy.split(lengths), strict=True)
-        for i, (part, spread) in zip(micro.sequences, parts, strict=True):
-            packed[i] = part.detach(), spread
-        (logprob * torch.cat([slopes[i] for i in micro.sequences])).sum().backward()
-    ours = gradients(model)
-    model.zero_grad()
-    for i, s in enumerate(sequences):
-        logprob, entropy = naive_logprobs(model, s, 0.8)
-        torch.testing.assert_close(packed[i][0], logprob.detach(), rtol=0, atol=1e-5)
-        torch.testing.assert_close(packed[i][1], entropy, rtol=0, atol=1e-5)
-        (logprob * slopes[i]).sum().backward()
-    assert_same_gradients(ours, gradients(model))
-
-
-@pytest.mark.parametrize("kind", ["qwen3", "llama"])
-@pytest.mark.parametrize("trap", ["use_cache", "attention_mask"])
-def test_the_silent_traps_of_packing(kind, trap):
-    # with a cache or an all-ones mask transformers ignores the borders: packed sequences see their neighbours
-    model, sequences = small_model(kind).train(), random_sequences(6, seed=2)
-    (micro,) = pack(sequences, 10_000, row_length=60)
-    assert len(micro.input_ids) < len(sequences)
-    with torch.no_grad():
-        right, _ = model_logprobs(model, micro, 1.0)
-        options = {"attention_mask": None, "use_cache": False}
-        options[trap] = True if trap == "use_cache" else torch.ones_like(micro.input_ids)
-        hidden = model.base_model(input_ids=micro.input_ids, position_ids=micro.position_ids, **options)[0]
-        wrong, _ = token_logprobs(hidden.flatten(0, 1)[micro.index], model.lm_head.weight, micro.targets)
-    assert (wrong - right).abs().max() > 1e-2
-
-
-def test_pack_keeps_every_sequence_whole_and_within_bounds():
-    """Random lengths, budgets and row lengths; what is packed is read back through index and positions."""
-    rng = random.Random(0)
-    for trial in range(150):
-        sequences = random_sequences(rng.randint(1, 25), seed=trial, longest=rng.choice([3, 12, 40]))
-        tokens, row_length = rng.choice([1, 17, 50, 120, 1000]), rng.choice([None, None, 30, 64])
-        found: list[int] = []
-        for micro in pack(sequences, tokens, row_length):
-            rows, length = micro.input_ids.shape
-            assert rows * length <= tokens or rows == 1
-            if rows * length > tokens and row_length is None:
-                assert len(micro.sequences) == 1 and length == len(sequences[micro.sequences[0]])
-            assert micro.position_ids.shape == (rows, length) and (micro.position_ids[:, 0] == 0).all()
-            ids, positions = micro.input_ids.flatten(), micro.position_ids.flatten()
-            owner = torch.full((rows * length,), -1)
-            for k, i in enumerate(micro.sequences):
-                s, mine = sequences[i], micro.segment == k
-                whole = torch.cat([torch.tensor(s.prompt), s.tokens.long()])
-                start = int(micro.index[mine][0]) - len(s.prompt) + 1
-                place = slice(start, start + len(s))
-                assert start // length == (start + len(s) - 1) // length  # within one row
-                assert (owner[place] == -1).all()
-                owner[place] = i
-                assert torch.equal(ids[place], whole)
-                assert torch.equal(positions[place], torch.arange(len(s)))
-                assert torch.equal(micro.index[mine], torch.arange(start + len(s.prompt) - 1, start + len(s) - 1))
-                assert torch.equal(micro.targets[mine], s.tokens.long())
-            left_over = (owner[1:] == -1) & (owner[:-1] != -1)  # where it begins; it is a sequence of its own
-            assert (positions[1:][left_over] == 0).all()
-            assert len(micro.index) == sum(len(sequences[i].tokens) for i in micro.sequences)
-            found += micro.sequences
-        assert sorted(found) == list(range(len(sequences)))
-    assert pack([], 100) == []
-
-
-def test_a_sequence_longer_than_the_budget_is_alone():
-    sequences = random_sequences(6, seed=3, longest=5)
-    sequences[4] = dataclasses.replace(sequences[4], prompt=(2,) * 30)
-    batches = pack(sequences, 20)
-    assert [micro.sequences for micro in batches if 4 in micro.sequences] == [[4]]
-    assert all(micro.input_ids.numel() <= 20 for micro in batches if 4 not in micro.sequences)
 
 
 # ---------------------------------------------------------------- the update against a naive implementation
@@ -619,7 +389,9 @@ def run_update(model, sequences, cfg, step=3, lr=0.0, reference=None):
     """`update` on a copy of `model` -> the copy, gradients of each optimiser step, figures."""
     model = copy.deepcopy(model)
     optimizer = Recorder(model, lr)
-    figures = update(model, optimizer, sequences, cfg, step, reference)
+    figures = update(
+        Policy(model, cfg.dtype), optimizer, sequences, cfg, step, reference and Policy(reference, cfg.dtype)
+    )
     assert all(p.grad is None or not p.grad.any() for p in model.parameters())
     return model, optimizer.seen, figures
 
@@ -681,7 +453,7 @@ OBJECTIVES = {
 def test_update_equals_a_naive_implementation(changes, tokens):
     cfg = settings(**changes, tokens_per_microbatch=tokens)
     model, reference = small_model(), small_model(seed=9) if cfg.kl else None
-    sequences = with_behaviour(model, random_sequences(9, seed=4), cfg.temperature)
+    sequences = with_behaviour(model, random_answers(9, seed=4), cfg.temperature)
     sequences[2] = dataclasses.replace(sequences[2], count=3)
     _, (ours,), figures = run_update(model, sequences, cfg, reference=reference)
     loss = naive_loss(model, sequences, cfg, reference=reference)
@@ -697,7 +469,7 @@ def test_update_equals_a_naive_implementation(changes, tokens):
 @pytest.mark.parametrize("changes", [OBJECTIVES["default"], OBJECTIVES["gspo"]], ids=["default", "gspo"])
 def test_micro_batches_change_nothing(minibatches, changes):
     model, count = small_model(), 12
-    sequences = with_behaviour(model, random_sequences(count, seed=6))
+    sequences = with_behaviour(model, random_answers(count, seed=6))
     base = settings(**changes, minibatches=minibatches, seed=1)
     sizes, results = set(), []
     for tokens in (10_000, 150, 70, 40, 1):
@@ -717,7 +489,7 @@ def test_micro_batches_change_nothing(minibatches, changes):
 @pytest.mark.parametrize("normaliser", ["token", "sequence", "constant"])
 def test_an_answer_with_a_count_is_that_many_answers(normaliser):
     model, cfg = small_model(), settings(normaliser=normaliser)
-    sequences = with_behaviour(model, random_sequences(5, seed=7))
+    sequences = with_behaviour(model, random_answers(5, seed=7))
     counted = [dataclasses.replace(s, count=1 + i % 3) for i, s in enumerate(sequences)]
     copies = [s for i, s in enumerate(sequences) for _ in range(1 + i % 3)]
     (_, (ours,), figures), (_, (theirs,), expected) = (run_update(model, x, cfg) for x in (counted, copies))
@@ -742,15 +514,15 @@ class Calls:
 )
 def test_one_optimiser_step_a_minibatch_and_one_old_pass_if_any(minibatches, epochs, steps, forwards):
     model = small_model()
-    sequences, optimizer, calls = with_behaviour(model, random_sequences(6, seed=8)), Recorder(model), Calls(model)
-    figures = update(model, optimizer, sequences, settings(minibatches=minibatches, epochs=epochs), 0)
+    sequences, optimizer, calls = with_behaviour(model, random_answers(6, seed=8)), Recorder(model), Calls(model)
+    figures = update(Policy(model), optimizer, sequences, settings(minibatches=minibatches, epochs=epochs), 0)
     assert (len(optimizer.seen), figures["optimizer_steps"], calls.count) == (steps, steps, forwards)
     assert figures["trained_tokens"] == epochs * sum(len(s.tokens) for s in sequences)
 
 
 def test_epochs_share_one_old_policy():
     model, cfg = small_model(), settings(epochs=3, clip_low=0.02, clip_high=0.02)
-    sequences = with_behaviour(model, random_sequences(6, seed=23))
+    sequences = with_behaviour(model, random_answers(6, seed=23))
     _, seen, figures = run_update(model, sequences, cfg, lr=0.2)
     with torch.no_grad():
         old = [naive_logprobs(model, s)[0] for s in sequences]
@@ -767,7 +539,7 @@ def test_pi_old_is_fixed_during_all_minibatches(monkeypatch):
     """popo.md section 9 point 8: the second minibatch has a ratio, but against the policy before the first step."""
     model = small_model()
     cfg = settings(minibatches=2, tokens_per_microbatch=50, clip_low=0.02, clip_high=0.02, temperature=0.8)
-    sequences = with_behaviour(model, random_sequences(10, seed=10), cfg.temperature)
+    sequences = with_behaviour(model, random_answers(10, seed=10), cfg.temperature)
     by_mark = {s.behaviour[0].item(): i for i, s in enumerate(sequences)}  # log mu of the first token names the answer
     with torch.no_grad():
         before = [naive_logprobs(model, s, cfg.temperature)[0] for s in sequences]
@@ -803,9 +575,20 @@ def test_pi_old_is_fixed_during_all_minibatches(monkeypatch):
     assert sum(losses) / len(losses) == pytest.approx(figures["loss"], abs=1e-4)
 
 
+def test_an_update_leaves_nothing_behind_in_its_answers():
+    """The same answers once more, after an update of several optimiser steps: pi_old is the policy as it is now."""
+    model = small_model()
+    sequences = with_behaviour(model, random_answers(6, seed=24))
+    _, (expected,), figures = run_update(model, sequences, settings())
+    run_update(small_model(seed=25), sequences, settings(minibatches=2), lr=0.5)
+    _, (again,), others = run_update(model, sequences, settings())
+    assert_same_gradients(again, expected)
+    assert others == pytest.approx(figures)
+
+
 def test_minibatches_depend_on_seed_and_step_alone():
     model = small_model()
-    sequences = with_behaviour(model, random_sequences(8, seed=11))
+    sequences = with_behaviour(model, random_answers(8, seed=11))
     (_, first, _), (_, again, _), (_, later, _) = (
         run_update(model, sequences, settings(minibatches=2), step) for step in (1, 1, 2)
     )
@@ -818,7 +601,8 @@ def test_minibatches_depend_on_seed_and_step_alone():
 def test_an_empty_batch_takes_no_step(minibatches):
     model = small_model()
     optimizer, before = Recorder(model, lr=0.1), copy.deepcopy(model.state_dict())
-    figures = update(model, optimizer, [], settings(minibatches=minibatches, kl=0.1), 0, copy.deepcopy(model))
+    policy, reference = Policy(model), Policy(copy.deepcopy(model))
+    figures = update(policy, optimizer, [], settings(minibatches=minibatches, kl=0.1), 0, reference)
     assert optimizer.seen == [] and figures["optimizer_steps"] == 0 and figures["trained_tokens"] == 0
     assert all(math.isfinite(value) for value in figures.values())
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
@@ -826,7 +610,7 @@ def test_an_empty_batch_takes_no_step(minibatches):
 
 def test_gradient_clipping_and_its_figure():
     model = small_model()
-    sequences = with_behaviour(model, random_sequences(6, seed=12))
+    sequences = with_behaviour(model, random_answers(6, seed=12))
     _, (free,), figures = run_update(model, sequences, settings())
     limit = figures["grad_norm"] / 4
     _, (clipped,), limited = run_update(model, sequences, settings(grad_clip=limit))
@@ -837,7 +621,7 @@ def test_gradient_clipping_and_its_figure():
 @pytest.mark.parametrize("tokens", [[EOS], [PAD], [5, PAD, 7, EOS]])
 def test_end_of_text_and_padding_ids_are_ordinary_tokens(tokens):
     model = small_model()
-    sequence = Sequence((3, 4), torch.tensor(tokens, dtype=torch.int32), torch.zeros(len(tokens)), 1.0, 0)
+    sequence = Answer((3, 4), torch.tensor(tokens, dtype=torch.int32), torch.zeros(len(tokens)), 1.0, 0)
     (sequence,) = with_behaviour(model, [sequence], noise=0.0)
     trained, _, figures = run_update(model, [sequence], settings(grad_clip=1.0), lr=0.02)
     with torch.no_grad():
@@ -848,16 +632,17 @@ def test_end_of_text_and_padding_ids_are_ordinary_tokens(tokens):
 
 def test_kl_pulls_towards_the_reference():
     model, reference = small_model(), small_model(seed=13).requires_grad_(False)
-    sequences = [dataclasses.replace(s, advantage=0.0) for s in random_sequences(8, seed=14)]
+    sequences = [dataclasses.replace(s, advantage=0.0) for s in random_answers(8, seed=14)]
     sequences, cfg = with_behaviour(model, sequences, noise=0.0), settings(kl=1.0)
     with torch.no_grad():
         pairs = [[naive_logprobs(m, s)[0] for m in (reference, model)] for s in sequences]
     differences = torch.cat([a - b for a, b in pairs])
     optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
-    seen = [update(model, optimizer, sequences, cfg, step, reference)["kl"] for step in range(20)]
+    policy = Policy(model)
+    seen = [update(policy, optimizer, sequences, cfg, step, Policy(reference))["kl"] for step in range(20)]
     assert seen[0] == pytest.approx((differences.exp() - 1 - differences).mean().item(), rel=1e-4)
     assert seen[-1] < 0.5 * seen[0]
-    figures = update(model, optimizer, sequences, cfg, 0, copy.deepcopy(model))
+    figures = update(policy, optimizer, sequences, cfg, 0, Policy(copy.deepcopy(model)))
     assert figures["kl"] == pytest.approx(0, abs=1e-6)
 
 
@@ -866,7 +651,7 @@ def test_figures_by_hand():
     model = small_model()
     parts = [([3, EOS], [1.0, 1.5], 0), ([4, 5], [4.0, 3.0], 1), ([EOS], [0.5], 7)]
     sequences = [
-        Sequence((2, 6, 7), torch.tensor(tokens, dtype=torch.int32), torch.zeros(len(tokens)), 1.0, age)
+        Answer((2, 6, 7), torch.tensor(tokens, dtype=torch.int32), torch.zeros(len(tokens)), 1.0, age)
         for tokens, _, age in parts
     ]
     sequences = with_behaviour(model, sequences, noise=0.0)
@@ -892,7 +677,7 @@ def test_figures_by_hand():
 
 def test_figures_of_replay_are_absent_without_replay():
     model = small_model()
-    sequences = [dataclasses.replace(s, age=0) for s in random_sequences(3, seed=15)]
+    sequences = [dataclasses.replace(s, age=0) for s in random_answers(3, seed=15)]
     _, _, figures = run_update(model, with_behaviour(model, sequences), settings())
     assert not [name for name in figures if "replayed" in name]
 
@@ -900,7 +685,7 @@ def test_figures_of_replay_are_absent_without_replay():
 def test_bfloat16_computes_low_and_keeps_float32_weights():
     """One step at lr 1e-6 moves float32 weights; the same weights in bf16 would stand still."""
     model = small_model()
-    sequences = with_behaviour(model, random_sequences(8, seed=16))
+    sequences = with_behaviour(model, random_answers(8, seed=16))
     _, (exact,), _ = run_update(model, sequences, settings())
     _, (low,), figures = run_update(model, sequences, settings(dtype="bfloat16"))
     flat, expected = (torch.cat([g[name].flatten() for name in exact]) for g in (low, exact))
@@ -909,7 +694,7 @@ def test_bfloat16_computes_low_and_keeps_float32_weights():
 
     before = copy.deepcopy(model.state_dict())
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, weight_decay=0.0)
-    update(model, optimizer, sequences, settings(dtype="bfloat16"), 0)
+    update(Policy(model, "bfloat16"), optimizer, sequences, settings(dtype="bfloat16"), 0)
     pairs = [(before[name], p) for name, p in model.named_parameters() if "proj" in name]
     assert all(p.dtype == torch.float32 for p in model.parameters())
     old, new = (torch.cat([pair[side].detach().flatten() for pair in pairs]) for side in (0, 1))
@@ -919,7 +704,7 @@ def test_bfloat16_computes_low_and_keeps_float32_weights():
 
 def test_gradient_checkpointing_changes_nothing():
     model, cfg = small_model(), settings(minibatches=2)
-    sequences = with_behaviour(model, random_sequences(6, seed=17))
+    sequences = with_behaviour(model, random_answers(6, seed=17))
     _, expected, _ = run_update(model, sequences, cfg, lr=0.1)
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     _, seen, _ = run_update(model, sequences, cfg, lr=0.1)
@@ -927,18 +712,61 @@ def test_gradient_checkpointing_changes_nothing():
         assert_same_gradients(ours, theirs)
 
 
+@pytest.mark.parametrize("case", ["no GPU", "no flash attention", "not known to the model", "fits"])
+def test_a_model_gets_the_attention_that_reads_borders_where_it_can(monkeypatch, case):
+    model = small_model()
+    usual = model.config._attn_implementation
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: case != "no GPU")
+    monkeypatch.setattr(support.model, "is_flash_attn_2_available", lambda: case != "no flash attention")
+
+    def choose(name):
+        if case == "not known to the model":
+            raise ValueError("several\nlines")
+        model.config._attn_implementation = name
+
+    monkeypatch.setattr(model, "set_attn_implementation", choose)
+    assert use_varlen_attention(model) is False  # the model is on the CPU: there is nothing to check yet
+    assert model.config._attn_implementation == ("flash_attention_2" if case == "fits" else usual)
+    if case == "fits":
+        monkeypatch.setattr(type(model), "device", SimpleNamespace(type="cuda"))
+        assert use_varlen_attention(model) is True
+
+
+def test_answers_of_a_batch_carry_what_their_groups_know():
+    def group(number: int, birth: int) -> Group:
+        tokens = [torch.tensor(row, dtype=torch.int32) for row in ([4, EOS], [5, 6, 7])]
+        logprobs = [-torch.rand(len(row)) for row in tokens]
+        rewards = torch.tensor([1.0, 0.0])
+        return Group(number, tokens, logprobs, [False, True], birth, rewards, advantages=rewards - 0.25)
+
+    prompts = [SimpleNamespace(ids=(2, 3)), SimpleNamespace(ids=(8,))]
+    batch = [group(1, birth=7), group(0, birth=4)]
+    found = to_answers(batch, prompts, step=7, mask_truncated=False)
+    assert [s.prompt for s in found] == [(8,), (8,), (2, 3), (2, 3)]
+    assert [s.advantage for s in found] == [0.75, -0.25, 0.75, -0.25]
+    assert [s.age for s in found] == [0, 0, 3, 3] and all(s.count == 1 for s in found)
+    for s, tokens, logprobs in zip(
+        found, batch[0].tokens + batch[1].tokens, batch[0].logprobs + batch[1].logprobs, strict=True
+    ):
+        assert torch.equal(s.tokens, tokens) and torch.equal(s.behaviour, logprobs)
+    masked = to_answers(batch, prompts, step=7, mask_truncated=True)
+    assert [len(s.tokens) for s in masked] == [2, 2]
+
+
+def test_weights_are_optimised_by_adamw_with_the_settings_given():
+    policy = Policy(small_model())
+    cfg = settings(lr=0.1, betas=(0.5, 0.7), weight_decay=0.3)
+    (group,) = make_optimizer(policy, cfg).param_groups
+    assert (group["lr"], group["betas"], group["weight_decay"]) == (0.1, (0.5, 0.7), 0.3)
+    assert len(group["params"]) == len(list(policy.parameters()))
+    try:
+        import torchao  # noqa: F401
+    except ImportError:
+        with pytest.raises(ValueError, match="pip install torchao"):
+            make_optimizer(policy, settings(optimizer="adamw8bit"))
+
+
 # ---------------------------------------------------------------- several ranks
-
-
-@pytest.mark.parametrize("world", [1, 2, 3, 4, 64])
-def test_ranks_share_out_all_sequences_evenly(world):
-    sequences = random_sequences(40, seed=20, longest=30)
-    parts = [share_out(sequences, rank, world) for rank in range(world)]
-    assert sorted(i for part in parts for i in part) == list(range(40))
-    sequences = [dataclasses.replace(s, prompt=(2,) * (80 - i - len(s.tokens))) for i, s in enumerate(sequences)]
-    if 20 % world == 0:  # lengths 80, 79, ... 41: there and back again, each rank has the same sum
-        loads = {sum(len(sequences[i]) for i in share_out(sequences, rank, world)) for rank in range(world)}
-        assert len(loads) == 1
 
 
 RANKS = {"minibatches": 4, "epochs": 2, "tokens_per_microbatch": 20, "proximal": "birth", "grad_clip": 0.5, "kl": 0.1}
@@ -947,7 +775,7 @@ RANKS = {"minibatches": 4, "epochs": 2, "tokens_per_microbatch": 20, "proximal":
 def rank_case():
     """Minibatches of 2, 2, 2 and 1 answers: ranks have unequal numbers of micro-batches, and once none."""
     model = small_model()
-    sequences = with_behaviour(model, random_sequences(7, seed=21))
+    sequences = with_behaviour(model, random_answers(7, seed=21))
     sequences[0] = dataclasses.replace(sequences[0], prompt=(2,) * 40)
     return model, small_model(seed=22).requires_grad_(False), sequences
 
@@ -961,7 +789,7 @@ def one_rank(rank: int, world: int, folder: str):
     patience = timedelta(seconds=90)  # ranks that fall out of step shall fail, not hang
     dist.init_process_group("gloo", f"file://{folder}/meet", patience, world, rank)
     model, reference, sequences = rank_case()
-    scorers = [LogProbModel(m) for m in (model, reference)]
+    scorers = [Policy(m) for m in (model, reference)]
     for scorer in scorers:
         for part in (*scorer.model.base_model.layers, scorer):
             fully_shard(part)
@@ -1052,7 +880,7 @@ def test_loss_and_gradient_equal_those_of_trl(tmp_path, theirs, ours, corrected)
     ours = {"normaliser": "token", "ratio": "token", "kl": 0.0} | ours
     normaliser, kl = ours.pop("normaliser"), ours.pop("kl")
     model = small_model()
-    sequences = with_behaviour(model, random_sequences(8, seed=18))
+    sequences = with_behaviour(model, random_answers(8, seed=18))
     with torch.no_grad():
         old = [naive_logprobs(model, s)[0] + 0.3 * torch.randn(len(s.tokens)) for s in sequences]
         anchor = [naive_logprobs(small_model(seed=19), s)[0] for s in sequences]
@@ -1073,9 +901,9 @@ def test_loss_and_gradient_equal_those_of_trl(tmp_path, theirs, ours, corrected)
         weight = weights[micro.sequences][micro.segment]
         advantage = torch.tensor([s.advantage for s in rows])[micro.segment]
         behaviour = torch.cat([s.behaviour for s in rows])
-        logprob, _ = model_logprobs(model, micro, 1.0)
+        logprob, _ = Policy(model)(micro, 1.0)
         loss, flags = policy_loss(
-            logprob, before, behaviour, advantage, weight, micro.segment, cap=2.0 if corrected else 0, **CLIP | ours
+            logprob, before, behaviour, advantage, weight, micro.segment, is_cap=2.0 if corrected else 0, **CLIP | ours
         )
         loss = loss + kl * (weight * k3(logprob, target) * torch.exp(logprob - before)).sum()
         loss.backward()
@@ -1092,8 +920,6 @@ def test_loss_and_gradient_equal_those_of_trl(tmp_path, theirs, ours, corrected)
 def test_the_policy_that_is_trained_has_no_dropout(tmp_path):
     from transformers import GPT2Config, GPT2LMHeadModel
 
-    from support.logprobs import without_dropout
-
     torch.manual_seed(0)
     models = [GPT2LMHeadModel(GPT2Config(vocab_size=VOCABULARY, n_embd=16, n_layer=2, n_head=2, n_positions=64))]
     models += [small_model("llama")]
@@ -1107,19 +933,21 @@ def test_the_policy_that_is_trained_has_no_dropout(tmp_path):
 
 
 def test_drift_is_the_mean_k3_from_each_groups_own_sampler():
-    model, sequences = small_model(), random_sequences(7, seed=3)
-    with torch.no_grad():
-        now = [naive_logprobs(model, s)[0] for s in sequences]
+    model, sequences = small_model(), random_answers(7, seed=3)
     shifts = (0.0, 0.0, 0.4, -0.3, 0.1, 0.0, 1.0)  # log mu - log pi
-    for s, logprob, shift in zip(sequences, now, shifts, strict=True):
-        s.behaviour = logprob + shift
-    parts = [slice(0, 2), slice(2, 4), slice(4, 7)]
-    groups, expected = [sequences[part] for part in parts], []
-    for part in parts:
-        values = [math.exp(-d) - 1 + d for d, row in zip(shifts[part], now[part], strict=True) for _ in row]
+    groups, prompts, expected = [], [], []
+    for number, part in enumerate((slice(0, 2), slice(2, 4), slice(4, 7))):
+        prompts.append(SimpleNamespace(ids=sequences[part][0].prompt))
+        answers = [dataclasses.replace(s, prompt=prompts[number].ids) for s in sequences[part]]
+        with torch.no_grad():
+            now = [naive_logprobs(model, s)[0] for s in answers]
+        logprobs = [row + shift for row, shift in zip(now, shifts[part], strict=True)]
+        groups.append(Group(number, [s.tokens for s in answers], logprobs, [False] * len(answers), birth=0))
+        values = [math.exp(-d) - 1 + d for d, row in zip(shifts[part], now, strict=True) for _ in row]
         expected.append(sum(values) / len(values))
     for tokens in (20, 1000):  # however it is cut
-        found = grpo.drift(LogProbModel(model), groups, Config(dtype="float32", tokens_per_microbatch=tokens))
+        cfg = Config(dtype="float32", tokens_per_microbatch=tokens)
+        found = rules.drift_of(groups, Policy(model), prompts, cfg)
         assert found == pytest.approx(expected, abs=1e-5)
     assert abs(found[0]) < 1e-6 < min(found[1:])
 
@@ -1127,45 +955,11 @@ def test_drift_is_the_mean_k3_from_each_groups_own_sampler():
 def test_models_that_would_get_wrong_log_probs_are_refused():
     from transformers import GraniteConfig, GraniteForCausalLM
 
-    check_model(small_model("qwen3"))
-    check_model(small_model("llama"))
+    check_policy(Policy(small_model("qwen3")))
+    check_policy(Policy(small_model("llama")))
     config = GraniteConfig(
         vocab_size=32, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2
     )
     config.logits_scaling = 0.1
     with pytest.raises(ValueError, match="granite"):
-        check_model(GraniteForCausalLM(config).eval())
-
-
-def test_a_variable_length_kernel_gets_one_row_without_slack():
-    """Flash attention reads the borders of packed sequences from one row alone; with several it mixes them."""
-    model, sequences = small_model("qwen3"), random_sequences(9, seed=5)
-    total = sum(map(len, sequences))
-    for tokens in (1, 40, 10_000):
-        model.config._attn_implementation = "flash_attention_2"
-        micros = LogProbModel(model).pack(sequences, tokens)
-        assert all(micro.input_ids.shape[0] == 1 for micro in micros)
-        assert sum(micro.input_ids.numel() for micro in micros) == total
-        model.config._attn_implementation = "sdpa"
-        plain = LogProbModel(model).pack(sequences, tokens)
-        assert max(len(micro.input_ids) for micro in plain) > 1 or tokens == 1
-    assert len(micros) == 1
-
-
-@pytest.mark.parametrize("name", ["flash_attention_2", "nonsense", "flex_attention_9"])
-@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU may have it")
-def test_an_attention_that_cannot_run_is_one_line(name):
-    with pytest.raises(ValueError, match=f"--attention {name} does not work here") as error:
-        choose_attention(small_model("qwen3"), name)
-    assert "\n" not in str(error.value)
-
-
-def test_attention_by_name_gives_the_same_log_probs():
-    model, sequences = small_model("qwen3"), random_sequences(5, seed=2)
-    (micro,) = pack(sequences, 10_000, row_length=60)
-    before, _ = model_logprobs(model, micro, 1.0)
-    choose_attention(model, "auto")
-    assert model.config._attn_implementation == "sdpa"
-    choose_attention(model, "eager")
-    assert model.config._attn_implementation == "eager"
-    torch.testing.assert_close(model_logprobs(model, micro, 1.0)[0], before, rtol=0, atol=1e-5)
+        check_policy(Policy(GraniteForCausalLM(config).eval()))

@@ -171,6 +171,16 @@ def test_bad_input_is_said_once_and_ends_every_rank(tmp_path):
     assert process.returncode != 0 and len(re.findall("^error: .*share", text, re.M)) == 1
 
 
+@pytest.mark.slow
+def test_what_breaks_on_one_rank_alone_is_said_by_it(tmp_path):
+    value = "[1.0] * len(responses) if os.environ['RANK'] == '0' else 7"
+    body = f"import os\n\ndef reward(responses, golds):\n    return {value}\n"
+    (tmp_path / "mine.py").write_text(body)
+    process = start(tmp_path / "run", "--steps", "3", "--reward", f"{tmp_path / 'mine.py'}:reward")
+    text, _ = process.communicate(timeout=120)
+    assert process.returncode != 0 and len(re.findall("^error: .*mine.py", text, re.M)) == 1, text
+
+
 # ---------------------------------------------------------------- the parts, in processes of their own
 
 

@@ -9,13 +9,18 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
-from buffer import Group
 from safetensors.torch import load_file
 
+import grpo
+import rollout
 import train
+from lab import rules
+from replay import Group, PromptReplay
 from support import checkpoint, config, plot
 from tasks import tiny
 
@@ -23,7 +28,8 @@ TINY = str(tiny.home())
 SMALL = ["--prompts-per-step", "6", "--answers-per-prompt", "4", "--eval-prompts", "20", "--eval-every", "4"]
 # constants small enough that every part of every method acts within a dozen steps
 QUICK = ["--cooldown", "2", "--replay-warmup", "2", "--retest-every", "3", "--max-rounds", "3", "--save-every", "5"]
-METHODS = ["none", *config.METHODS, "prompt+group+rollout", "prioritized+dapo+rollout", "group --group-order kl"]
+METHODS = ["none", *train.METHODS, "prompt+group+rollout", "prioritized+dapo+rollout"]
+METHODS.remove("popo")  # another name of group
 NOT_COMPARED = ("seconds_", "peak_memory_mb")
 
 
@@ -35,6 +41,19 @@ def embedded_model():
 def run(out, *flags: str) -> list[dict]:
     assert train.main([*SMALL, *QUICK, "--out", str(out), *flags]) == 0
     return plot.read(out / "metrics.jsonl")
+
+
+def refused(*words: str) -> int:
+    """The exit code of a program that ends with one of its own messages."""
+    with pytest.raises(SystemExit) as stop:
+        train.main([*words])
+    return stop.value.code
+
+
+def parsed(*words: str) -> train.Config:
+    """The configuration that `train.main` would make of these flags."""
+    argv = config.with_value([*words], "replay", "prompt")
+    return config.parse(train.Config, argv, "", config.preset(train.Config, argv, tiny.SETTINGS, train.METHODS))[0]
 
 
 def figures(rows: list[dict]) -> list[dict]:
@@ -84,7 +103,7 @@ def test_run_folder_holds_config_samples_figure_and_a_loadable_model(finished):
 
     out, _ = finished
     stored = json.loads((out / "config.json").read_text())
-    assert stored["seed"] == 3 and stored["replay"] == "prompt" and stored["lr"] == config.EMBEDDED["lr"]
+    assert stored["seed"] == 3 and stored["replay"] == "prompt" and stored["lr"] == tiny.SETTINGS["lr"]
     assert "seed" in stored["given"] and "lr" not in stored["given"]
     sample = plot.read(out / "samples.jsonl")[0]
     assert {"step", "prompt", "response", "answer", "reward", "truncated"} == set(sample)
@@ -107,7 +126,7 @@ def test_without_replay_prompts_come_in_the_same_order(tmp_path, monkeypatch):
     def record(name, method):
         def draw(self, n, step):
             indices = method(self, n, step)
-            drawn.setdefault(name, []).append([x for x in indices if x not in self.epochs.replays])
+            drawn.setdefault(name, []).append([x for x in indices if x not in self.replays])
             return indices
 
         return draw
@@ -128,7 +147,7 @@ def test_without_replay_prompts_come_in_the_same_order(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_runs_and_resumes_bit_for_bit(tmp_path, method):
-    flags = ["--replay", *method.split(), "--minibatches", "2" if method == "group" else "1"]
+    flags = ["--replay", method, "--minibatches", "2" if method == "group" else "1"]
     whole = run(tmp_path / "whole", *flags, "--steps", "12")
     run(tmp_path / "parts", *flags, "--steps", "7")
     with open(tmp_path / "parts" / "metrics.jsonl", "a") as file:
@@ -212,43 +231,50 @@ def test_a_signal_saves_and_leaves(tmp_path, number):
 
 # ---------------------------------------------------------------- bad input: one clear line, exit code 2
 
+UNREADABLE = {  # what no value can be read from: tyro's own box, which names the flag and what is wrong
+    "--no-such-flag 3": "Unrecognized options: --no-such-flag",
+    "--band 0.5": "--band'. Expected 2 values",
+    "--steps many": "--steps: invalid literal",
+    "--seed 1.5": "--seed: invalid literal",
+    "--lr": "Missing value for argument '--lr'",
+    "--advantage median": "'median' for argument '--advantage'.*'centred', 'std', 'rloo'",
+    "--kv-cache-gb 3": "Unrecognized options: --kv-cache-gb",  # gone; --vllm has it
+}
 BAD_FLAGS = {
-    "--no-such-flag 3": "no-such-flag",
     "--answers-per-prompt 1": "--answers-per-prompt must be at least 2",
-    "--share 1.5": "share",
+    "--share 1.5": "--share must be at most 1",
     "--band 0.8 0.2": "band",
-    "--band 0.5": "band",
-    "--cooldown -1": "cooldown",
-    "--steps 0": "--steps",
-    "--steps many": "--steps",
-    "--lr 0": "--lr",
-    "--temperature 0": "--temperature",
+    "--cooldown -1": "--cooldown must be at least 0",
+    "--steps 0": "--steps must be at least 1",
+    "--lr 0": "--lr must be above 0",
+    "--grad-clip 0": "--grad-clip must be above 0",
+    "--temperature 0": "--temperature must be above 0",
     "--replay nonsense": "nonsense.*prompt",
-    "--replay prompt+prioritized": "prompt and prioritized",
-    "--replay dapo+group": "dapo and group",
-    "--replay adaptive+group": "adaptive and group",
-    "--replay group --min-ess 1": "min_ess",
-    "--replay group --max-fill 7": "max_fill",
+    "--replay prompt+prioritized": "PromptReplay and Prioritized",
+    "--replay dapo+group": "DynamicSampling and GroupReplay|GroupReplay and DynamicSampling",
+    "--replay adaptive+group": "OnPolicyGroupReplay and GroupReplay",
+    "--replay group+popo": "GroupReplay and GroupReplay",
     "--temperature nan": "--temperature must be a finite number",
     "--lr inf": "--lr must be a finite number",
-    "--kl -1": "--kl and --is-cap",
-    "--is-cap -1": "--kl and --is-cap",
-    "--dual-clip 0.5": "--dual-clip above 1",
-    "--dual-clip -2": "--dual-clip above 1",
+    "--kl -1": "--kl must be at least 0",
+    "--is-cap -1": "--is-cap must be at least 0",
+    "--dual-clip 0.5": "--dual-clip must be above 1",
+    "--dual-clip -2": "--dual-clip must be above 1",
+    "--dual-clip nan": "--dual-clip must be a finite number",
     "--is-cap nan": "--is-cap must be a finite number",
     "--initial-priority nan": "--initial-priority must be a finite number",
     "--betas 0.9 1": "--betas must be at least 0 and below 1",
+    "--betas nan 0.9": "--betas must be at least 0 and below 1",
     "--seed -1": "--seed must be at least 0",
-    "--tensor-parallel 0": "--tensor-parallel must be at least 1",
-    "--kv-cache-gb -3": "--kv-cache-gb must be at least 0",
-    "--gpu-memory 1.5": "--gpu-memory is a share",
+    "--gpu-memory 1.5": "--gpu-memory must be at most 1",
+    "--gpu-memory 0": "--gpu-memory must be above 0",
     "--threads 100000": "--threads must be at most 1024",
-    "--replay adaptive+rollout": "--min-ess 0",
+    "--replay adaptive+rollout": "adaptive judges .* it cannot join rollout",
     "--dry-run --reward nosuch": "nosuch",
     "--dry-run --share 7": "share",
+    "--dry-run --replay adaptive+rollout": "it cannot join rollout",
     "--replay prompt+": "not known",
     "--reward nonsense": "nonsense",
-    "--advantage median": "median",
     "--data /nowhere/file.jsonl": "/nowhere/file.jsonl",
     "--max-prompts 3": "3 training prompts",
     "--max-prompt-tokens 4": "0 training prompts",
@@ -261,6 +287,7 @@ BAD_FLAGS = {
     "--resume": "nothing to resume",
     "--explore 2 --replay prioritized": "explore",
     "--replay-ratio -1 --replay rollout": "ratio",
+    "--replay /nowhere/mine.py:Pace": "there is no file /nowhere/mine.py",
 }
 
 
@@ -269,31 +296,38 @@ def test_bad_input_ends_in_one_line_and_exit_code_2(tmp_path, capsys, flags):
     words = [*SMALL, "--out", str(tmp_path / "run"), *flags.split()]
     if "--replay" not in words:
         words += ["--replay"]
-    try:
-        code = train.main(words)
-    except SystemExit as stop:  # argparse's own way out
-        code = stop.code
+    code = refused(*words)
     error = capsys.readouterr().err.strip().splitlines()
     assert code == 2 and re.search(BAD_FLAGS[flags], error[-1]), error
-    assert "error: " in error[-1] and not (tmp_path / "run").exists()
+    assert error[-1].startswith("error: ") and not (tmp_path / "run").exists()
+    assert sum("error: " in line for line in error) == 1 and "Traceback" not in "".join(error)
+
+
+@pytest.mark.parametrize("flags", UNREADABLE)
+def test_a_flag_that_cannot_be_read_is_named_and_ends_in_exit_code_2(tmp_path, capsys, flags):
+    assert refused("--out", str(tmp_path / "run"), *flags.split()) == 2
+    output = capsys.readouterr()
+    box = " ".join(line.strip(" │") for line in output.err.splitlines())
+    assert re.search(UNREADABLE[flags], box), box
+    assert not output.out and "Traceback" not in box and not (tmp_path / "run").exists()
 
 
 def test_a_folder_that_is_no_model_and_a_file_without_answers(tmp_path, capsys):
     (tmp_path / "config.json").write_text('{"no": "model"}')
     (tmp_path / "data.jsonl").write_text('{"problem": "1+1=", "answer": "2"}\n{"problem": "1+2="}\n')
     flags = ["--data", str(tmp_path / "data.jsonl"), "--out", str(tmp_path / "run")]
-    assert train.main([*flags, "--model", str(tmp_path)]) == 2
+    assert refused(*[*flags, "--model", str(tmp_path)]) == 2
     assert str(tmp_path) in capsys.readouterr().err
-    assert train.main([*flags, "--model", TINY]) == 2
+    assert refused(*[*flags, "--model", TINY]) == 2
     assert "row 2" in capsys.readouterr().err
 
 
 def test_a_run_is_neither_overwritten_nor_resumed_with_other_settings(finished, capsys, tmp_path):
     out, rows = finished
     base = [*SMALL, *QUICK, "--out", str(out), "--seed", "3"]
-    assert train.main([*base, "--replay", "--steps", "12"]) == 2
+    assert refused(*[*base, "--replay", "--steps", "12"]) == 2
     assert "--resume" in capsys.readouterr().err
-    assert train.main([*base, "--replay", "--steps", "14", "--resume", "--share", "0.5", "--lr", "0.1"]) == 2
+    assert refused(*[*base, "--replay", "--steps", "14", "--resume", "--share", "0.5", "--lr", "0.1"]) == 2
     message = capsys.readouterr().err
     assert "--share was 0.75 and is 0.5" in message and "--lr was 0.0005 and is 0.1" in message
     assert figures(plot.read(out / "metrics.jsonl")) == figures(rows)
@@ -308,7 +342,7 @@ def test_a_run_that_has_spent_its_rollouts_has_nothing_left_to_do(tmp_path, caps
 
 
 def test_two_runs_that_start_at_once_get_a_folder_each(tmp_path):
-    cfg = config.Config(seed=3)
+    cfg = train.Config(seed=3)
     one, two = (checkpoint.choose_folder(cfg, tmp_path) for _ in range(2))
     assert one == two  # neither is there yet
     assert checkpoint.claim(one, cfg) == one and checkpoint.claim(two, cfg) == tmp_path / "tiny-grpo-s3-2"
@@ -318,26 +352,28 @@ def test_two_runs_that_start_at_once_get_a_folder_each(tmp_path):
 
 def test_what_a_method_sets_does_not_depend_on_the_order_of_names():
     for names in ("prioritized", "group"), ("group", "rollout"), ("prompt", "dapo"), ("adaptive", "rollout"):
-        one, two = (config.parse(["--replay", "+".join(order)], "")[0] for order in (names, names[::-1]))
+        one, two = (parsed("--replay", "+".join(order)) for order in (names, names[::-1]))
+        if names != ("adaptive", "rollout"):
+            config.check_training(one)
+            train.make_rules(one, num_prompts=100)
         one.replay = two.replay = ""
         assert one == two
-        config.validate(config.parse(["--replay", "+".join(names)], "")[0])
 
 
 def test_a_file_in_the_place_of_the_folder_and_a_broken_checkpoint(tmp_path, capsys):
     (tmp_path / "file").write_text("")
-    assert train.main([*SMALL, "--out", str(tmp_path / "file")]) == 2
+    assert refused(*[*SMALL, "--out", str(tmp_path / "file")]) == 2
     assert "is a file" in capsys.readouterr().err
     run(tmp_path / "run", "--steps", "2")
     state = checkpoint.newest(tmp_path / "run") / "state.pt"
     state.write_bytes(state.read_bytes()[:1000])
-    assert train.main([*SMALL, *QUICK, "--out", str(tmp_path / "run"), "--steps", "3", "--resume"]) == 2
+    assert refused(*[*SMALL, *QUICK, "--out", str(tmp_path / "run"), "--steps", "3", "--resume"]) == 2
     assert "cannot be read" in capsys.readouterr().err
 
 
 def test_problems_that_the_embedded_model_cannot_read(tmp_path, capsys):
     (tmp_path / "data.jsonl").write_text('{"problem": "What is 1+1?", "answer": "2"}\n' * 20)
-    assert train.main([*SMALL, "--data", str(tmp_path / "data.jsonl"), "--out", str(tmp_path / "run")]) == 2
+    assert refused(*[*SMALL, "--data", str(tmp_path / "data.jsonl"), "--out", str(tmp_path / "run")]) == 2
     assert "knows sums only: give --model" in capsys.readouterr().err
 
 
@@ -352,7 +388,7 @@ BROKEN = {
 @pytest.mark.parametrize("body", BROKEN)
 def test_a_reward_function_that_does_not_do_what_it_has_to(tmp_path, capsys, body):
     (tmp_path / "mine.py").write_text(f"def reward(responses, golds):\n    {body}\n")
-    assert train.main([*SMALL, "--reward", f"{tmp_path / 'mine.py'}:reward", "--out", str(tmp_path / "run")]) == 2
+    assert refused(*[*SMALL, "--reward", f"{tmp_path / 'mine.py'}:reward", "--out", str(tmp_path / "run")]) == 2
     error = capsys.readouterr().err.strip().splitlines()
     assert BROKEN[body] in error[-1] and "Traceback" not in "".join(error)
 
@@ -368,8 +404,19 @@ def test_a_gradient_that_is_not_finite_stops_the_run_before_it_is_used(tmp_path,
     run(tmp_path / "run", "--steps", "5")
     monkeypatch.setattr(train.grpo, "advantages", lambda rewards, kind: rewards * float("nan"))
     flags = [*SMALL, *QUICK, "--out", str(tmp_path / "run"), "--steps", "20", "--resume"]
-    assert train.main(flags) == 1 and "the gradient of step" in capsys.readouterr().err
+    assert refused(*flags) == 1 and "the gradient of step" in capsys.readouterr().err
     assert checkpoint.newest(tmp_path / "run").name == "step-00000005"
+
+
+def test_an_engine_that_is_astray_ends_in_one_line_at_a_resume_too(tmp_path, capsys, monkeypatch):
+    run(tmp_path / "run", "--steps", "2")
+
+    def astray(engine, model=None):
+        raise rollout.EngineAstray("the engine does not follow")
+
+    monkeypatch.setattr(rollout.TransformersEngine, "sync", astray)
+    assert refused(*SMALL, *QUICK, "--out", str(tmp_path / "run"), "--steps", "3", "--resume") == 1
+    assert capsys.readouterr().err.strip().splitlines()[-1] == "error: the engine does not follow"
 
 
 def test_every_setting_is_a_flag_with_help(capsys):
@@ -377,28 +424,40 @@ def test_every_setting_is_a_flag_with_help(capsys):
         train.main(["--help"])
     text = capsys.readouterr().out
     assert stop.value.code == 0
-    for name in config.Config.__dataclass_fields__:
-        assert f"--{name.replace('_', '-')}" in text
-    for name, (_, sentence, _) in config.METHODS.items():
-        assert name in text and sentence in text
+    options = " ".join(line.strip(" │|") for line in text[text.index("-h, --help") :].splitlines())
+    for name in train.Config.__dataclass_fields__:
+        # Behind the flag, and what kind of value it takes, stands its help.
+        entry = re.search(rf"--{name.replace('_', '-')}[ ,](.*?)\(default: ", options)
+        assert entry and re.sub(r"^(\{[^}]*\}|[A-Z]+|--no-[a-z-]+|[ |,])+", "", entry[1]), name
+    for name, method in train.METHODS.items():
+        assert re.search(rf"^ +{name} +{re.escape(method.about)}$", text, re.M), name
 
 
 def test_replay_alone_is_prompt_and_each_method_brings_its_papers_constants():
-    assert config.parse(["--replay"], "")[0].replay == "prompt"
-    rollout = config.parse(["--replay", "rollout"], "")[0]
-    assert (rollout.proximal, rollout.clip_high, rollout.dual_clip, rollout.advantage) == ("birth", 0.28, 10.0, "std")
-    assert config.parse(["--replay", "rollout", "--clip-high", "0.3"], "")[0].clip_high == 0.3
-    model = config.parse(["--model", "x", "--replay"], "")[0]
+    assert parsed("--replay").replay == "prompt"
+    answers = parsed("--replay", "rollout")
+    assert (answers.proximal, answers.clip_high, answers.dual_clip, answers.advantage) == ("birth", 0.28, 10.0, "std")
+    assert parsed("--replay", "rollout", "--clip-high", "0.3").clip_high == 0.3
+    model = parsed("--model", "x", "--replay")
     assert (model.prompts_per_step, model.answers_per_prompt, model.lr, model.temperature) == (32, 16, 1e-6, 1.0)
     assert (model.band, model.share, model.cooldown, model.max_reuse) == ((0.25, 0.75), 0.75, 10, 15)
-    assert model.mask_truncated and model.advantage == "centred"
-    assert not config.parse(["--replay", "--no-mask-truncated"], "")[0].mask_truncated
-    assert config.parse(["--replay", "dapo"], "")[0].advantage == "std"
-    adaptive = config.parse(["--replay", "adaptive"], "")[0]
-    assert (adaptive.min_ess, adaptive.share, adaptive.cooldown, adaptive.max_fill) == (0.99, 0.5, 10, 1.0)
-    assert config.validate(adaptive) == {"prompts": "adaptive", "fill": "adaptive"}
+    assert model.mask_truncated and model.advantage == "centred" and model.data == "polaris"
+    assert not parsed("--replay", "--no-mask-truncated").mask_truncated
+    assert parsed("--replay", "dapo").advantage == "std"
+    # the last of several: the settings are of the method that runs
+    twice = parsed("--replay", "rollout", "--replay=dapo")
+    assert (twice.replay, twice.proximal, twice.dual_clip) == ("dapo", "old", 0.0)
+    adaptive = parsed("--replay", "adaptive")
+    assert (adaptive.share, adaptive.cooldown) == (0.5, 10)
+    sampler, stores = train.make_rules(adaptive, num_prompts=100)
+    assert isinstance(sampler, rules.Adaptive) and list(stores) == ["places"]
+    assert isinstance(stores["places"], rules.OnPolicyGroupReplay)
+    assert (stores["places"].min_ess, stores["places"].max_fill) == (0.99, 1.0)
 
 
+# what each method decides
+PLACES = {"prompt": "prompts", "prioritized": "prompts", "greso": "prompts"}
+PLACES |= {"group": "places", "dapo": "places", "rollout": "extra"}
 # of the papers (of the public code, for the baselines): settings, and attributes of the sampler and of the store
 CONSTANTS = {
     "prompt": (
@@ -407,15 +466,15 @@ CONSTANTS = {
     ),
     "prioritized": (
         {"clip_low": 0.2, "clip_high": 0.2, "advantage": "centred", "mask_truncated": False, "initial_priority": 0.2},
-        {"smoothing": 0.8, "explore": 0.125, "retest_every": 10, "retest_solved": 0.25, "tie_bias": 1e-4}, {},
+        {"smoothing": 0.8, "explore": 0.125, "retest_every": 10, "retest_solved": 0.25, "TIE_BIAS": 1e-4}, {},
     ),
     "group": (
         {"clip_low": 0.2, "clip_high": 0.28, "dual_clip": 10.0, "advantage": "std", "proximal": "old", "is_cap": 2.0},
-        {}, {"order": "recent", "min_ess": 0.0, "max_fill": 1.0, "fill": 1.0},
+        {}, {},
     ),
     "rollout": (
         {"clip_low": 0.2, "clip_high": 0.28, "dual_clip": 10.0, "advantage": "std", "proximal": "birth"},
-        {}, {"ratio": 0.5, "exponent": 0.5, "max_age": 10, "warmup": 20},
+        {}, {"replay_ratio": 0.5, "priority_exponent": 0.5, "max_age": 10, "replay_warmup": 20},
     ),
     "dapo": ({"clip_low": 0.2, "clip_high": 0.28, "advantage": "std", "max_rounds": 10, "dual_clip": 0.0}, {}, {}),
     "greso": ({"clip_high": 0.272}, {"targets": (0.25 / 3, 0.5 / 3), "floor": 0.01, "pace": 0.01}, {}),
@@ -425,41 +484,63 @@ CONSTANTS = {
 @pytest.mark.parametrize("name", CONSTANTS)
 def test_every_method_has_the_constants_of_its_paper(name):
     settings, of_sampler, of_store = CONSTANTS[name]
-    cfg, _ = config.parse(["--model", "x", "--replay", name], "")
-    switches = config.validate(cfg)
-    sampler, stores = train.make_sampler(switches.get("prompts"), 100, cfg), train.make_stores(switches, cfg)
-    for there, expected in ((cfg, settings), (sampler, of_sampler), (stores.get(name), of_store)):
+    cfg = parsed("--model", "x", "--replay", name)
+    config.check_training(cfg)
+    sampler, stores = train.make_rules(cfg, num_prompts=100)
+    store = next(iter(stores.values()), None)
+    for there, expected in ((cfg, settings), (sampler, of_sampler), (store, of_store)):
         for key, value in expected.items():
             assert getattr(there, key) == value, key
+    assert list(stores) == [place for place in ("places", "extra") if PLACES[name] == place]
     if name == "group":
-        assert stores[name].stored.maxlen == 2 * 32  # two steps' worth
+        assert store.stored.maxlen == 2 * 32  # two steps' worth
     if name == "rollout":
-        assert stores[name].stored.maxlen == 30_000
+        assert store.stored.maxlen == 30_000
     if name == "prioritized":
         assert set(sampler.priority) == {0.2}
 
 
 def test_every_knob_of_a_store_reaches_it():
     flags = "--replay-ratio 0.3 --priority-exponent 0.7 --max-age 4 --replay-warmup 6 --rollout-capacity 99"
-    cfg, _ = config.parse(["--replay", "rollout", "--mask-truncated", "--seed", "5", *flags.split()], "")
-    store = train.make_stores(config.validate(cfg), cfg)["rollout"]
-    assert (store.ratio, store.exponent, store.max_age, store.warmup, store.stored.maxlen) == (0.3, 0.7, 4, 6, 99)
-    assert store.mask_truncated
-    flags = "--group-capacity 7 --group-order oldest --min-ess 0.9 --max-fill 0.5"
-    cfg, _ = config.parse(["--replay", "group", *flags.split()], "")
-    store = train.make_stores(config.validate(cfg), cfg)["group"]
-    assert (store.stored.maxlen, store.order, store.min_ess, store.max_fill) == (7, "oldest", 0.9, 0.5)
+    cfg = parsed("--replay", "rollout", "--mask-truncated", "--seed", "5", *flags.split())
+    store = train.make_rules(cfg, num_prompts=100)[1]["extra"]
+    assert (store.replay_ratio, store.priority_exponent, store.max_age, store.replay_warmup) == (0.3, 0.7, 4, 6)
+    assert store.mask_truncated and store.stored.maxlen == 99
+    assert store.rng.random() == np.random.default_rng([5, 3]).random()
+    store = train.make_rules(parsed("--replay", "group", "--group-capacity", "7"), num_prompts=100)[1]["places"]
+    assert store.stored.maxlen == 7
+    store = train.make_rules(parsed("--replay", "group-oldest", "--prompts-per-step", "9"), num_prompts=100)[1][
+        "places"
+    ]
+    assert isinstance(store, rules.OldestGroupReplay) and store.stored.maxlen == 18
+
+
+def test_every_knob_of_a_sampler_reaches_it():
+    flags = "--band 0.1 0.6 --share 0.3 --cooldown 4 --max-reuse 6 --seed 5"
+    sampler, stores = train.make_rules(parsed("--replay", *flags.split()), num_prompts=100)
+    assert (sampler.band, sampler.share, sampler.cooldown, sampler.max_reuse) == ((0.1, 0.6), 0.3, 4, 6)
+    assert stores == {} and sampler.order.tolist() == np.random.default_rng(5).permutation(100).tolist()
+    flags = "--smoothing 0.7 --initial-priority 0.1 --explore 0.2 --retest-every 3 --retest-solved 0.4"
+    sampler, _ = train.make_rules(parsed("--replay", "prioritized", *flags.split()), num_prompts=100)
+    assert (sampler.smoothing, sampler.explore, sampler.retest_every, sampler.retest_solved) == (0.7, 0.2, 3, 0.4)
+    assert set(sampler.priority) == {0.1}
+
+
+def test_stores_complete_a_batch_in_one_order_whatever_the_order_of_names():
+    for names in ("rollout+group+prompt", "group+prompt+rollout"):
+        sampler, stores = train.make_rules(parsed("--replay", names), num_prompts=100)
+        assert list(stores) == ["places", "extra"] and isinstance(sampler, PromptReplay)
 
 
 def prepared(out, *flags: str) -> train.Run:
-    made = train.prepare(config.parse([*SMALL, *QUICK, "--eval-every", "0", "--out", str(out), *flags], "")[0])
+    made = train.Run(parsed(*SMALL, *QUICK, "--eval-every", "0", "--out", str(out), *flags))
     made.folder.mkdir(parents=True)
     return made
 
 
 def test_refills_end_when_the_batch_is_full_and_each_knows_the_results_of_those_before(tmp_path, monkeypatch):
     made = prepared(tmp_path / "run", "--replay", "prioritized+dapo", "--steps", "8", "--max-rounds", "5")
-    events, sampler, store = [], made.sampler, made.stores["dapo"]
+    events, sampler, store = [], made.sampler, made.stores["places"]
     draw, observe, complete = sampler.draw, train.observe, store.complete
 
     def note_results(sampler, groups, step):
@@ -467,7 +548,7 @@ def test_refills_end_when_the_batch_is_full_and_each_knows_the_results_of_those_
         observe(sampler, groups, step)
 
     def note_batch(useful, places, step):
-        events.append(("carried", step, len(store.carried)))
+        events.append(("carried", step, len(store.stored)))
         return complete(useful, places, step)
 
     monkeypatch.setattr(sampler, "draw", lambda n, step: events.append(("draw", step, 0)) or draw(n, step))
@@ -489,14 +570,12 @@ def test_refills_end_when_the_batch_is_full_and_each_knows_the_results_of_those_
 @pytest.mark.parametrize(("lr", "more"), [("1e-5", True), ("2e-3", False)])
 def test_adaptive_learns_from_every_update_how_many_places_to_fill(tmp_path, lr, more):
     made = prepared(tmp_path / "run", "--replay", "adaptive", "--steps", "12", "--lr", lr)
-    assert made.stores["group"].fill == pytest.approx(0.1)
+    assert made.stores["places"].fill == pytest.approx(0.1)
     train.train(made)
-    assert (made.stores["group"].fill > 0.15) == more and (made.stores["group"].fill < 0.09) != more
+    assert (made.stores["places"].fill > 0.15) == more and (made.stores["places"].fill < 0.09) != more
 
 
 def test_truncated_answers_are_left_out_of_fresh_and_replayed_groups_alike_and_equal_ones_counted():
-    from types import SimpleNamespace
-
     def group(birth: int) -> Group:
         tokens = [torch.tensor(t, dtype=torch.int32) for t in ([4, 1], [4, 1], [5, 6, 7], [8, 1])]
         logprobs = [torch.zeros(len(t)) for t in tokens]
@@ -505,8 +584,7 @@ def test_truncated_answers_are_left_out_of_fresh_and_replayed_groups_alike_and_e
 
     prompts = [SimpleNamespace(ids=(2, 3))]
     for mask, lengths in ((False, [2, 3, 2]), (True, [2, 2])):
-        fake = SimpleNamespace(prompts=prompts, cfg=SimpleNamespace(mask_truncated=mask))
-        sequences = train.training_sequences(fake, [group(7), group(5), group(5).pick(2)], step=7)
+        sequences = grpo.to_answers([group(7), group(5), group(5).pick(2)], prompts, 7, mask_truncated=mask)
         assert [len(s.tokens) for s in sequences] == 2 * lengths
         assert [s.count for s in sequences][:2] == [2, 1] and {s.age for s in sequences} == {0, 2}
         # the single stored answer joins its like of the same birth, or is left out with it

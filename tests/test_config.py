@@ -1,0 +1,426 @@
+"""From the command line to a configuration: flags, bounds of numbers, and a user's own classes."""
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+import train
+from replay import PromptReplay, RolloutReplay, Uniform
+from support import config, plot
+from tasks import tiny
+
+
+@dataclass
+class Knobs:
+    """A program's settings, few of them."""
+
+    steps: int = 3  # how many of them
+    lr: float = 0.5  # how large
+    name: str = "x"  # what it is called
+    pair: tuple[float, float] = (0.0, 1.0)  # both ends
+    mask_truncated: bool = False  # whether to leave out what was cut
+
+
+# ---------------------------------------------------------------- flags
+
+
+@pytest.mark.parametrize(
+    ("words", "changed"),
+    [
+        ("", {}),
+        ("--steps 7", {"steps": 7}),
+        ("--steps=7 --name y", {"steps": 7, "name": "y"}),
+        ("--lr -1e-3", {"lr": -1e-3}),
+        ("--lr inf", {"lr": math.inf}),
+        ("--pair 0.2 0.4", {"pair": (0.2, 0.4)}),
+        ("--mask-truncated", {"mask_truncated": True}),
+        ("--no-mask-truncated", {"mask_truncated": False}),
+        ("--mask_truncated --steps 1 --steps 2", {"mask_truncated": True, "steps": 2}),
+        ("--name --steps=5x", None),
+        ("--step 7", None),
+        ("--steps", None),
+        ("--steps 7 8", None),
+        ("stray", None),
+    ],
+)
+def test_parse_reads_flags_and_tells_which_were_given(capsys, words, changed):
+    argv = words.split()
+    if changed is None:
+        with pytest.raises(SystemExit) as stop:
+            config.parse(Knobs, argv, "A program.", Knobs())
+        assert stop.value.code == 2 and capsys.readouterr().err
+        return
+    found, given = config.parse(Knobs, argv, "A program.", Knobs())
+    assert found == dataclasses.replace(Knobs(), **changed)
+    assert set(given) == ({"mask_truncated"} if words == "--no-mask-truncated" else set(changed))
+
+
+def test_parse_takes_what_is_not_given_from_the_default_it_is_handed():
+    default = Knobs(steps=11, pair=(0.1, 0.2))
+    found, given = config.parse(Knobs, ["--lr", "2"], "A program.", default)
+    assert found == Knobs(steps=11, lr=2.0, pair=(0.1, 0.2)) and given == ["lr"]
+    assert default == Knobs(steps=11, pair=(0.1, 0.2))
+
+
+def test_parse_works_without_a_default():
+    assert config.parse(Knobs, ["--steps", "2"], "A program.") == (Knobs(steps=2), ["steps"])
+
+
+def test_help_has_the_description_and_the_comments_behind_the_fields(capsys):
+    with pytest.raises(SystemExit) as stop:
+        config.parse(Knobs, ["--help"], "What this program does.", Knobs(steps=77))
+    text = capsys.readouterr().out
+    assert stop.value.code == 0 and "What this program does." in text and "77" in text
+    for comment in ("how many of them", "how large", "what it is called", "both ends", "whether to leave out"):
+        assert comment in text
+
+
+@pytest.mark.parametrize(
+    ("words", "value"),
+    [
+        ("--replay group", "group"),
+        ("--replay=group", "group"),
+        ("--replay=a=b", "a=b"),
+        ("--steps 3", "none"),
+        ("", "none"),
+        ("--replay", "none"),
+        ("--replay-ratio 3", "none"),
+        ("--replay group --steps 3 --replay rollout", "rollout"),
+        ("--replay=group --replay=", ""),
+    ],
+)
+def test_value_of_reads_one_flag_as_the_parser_would(words, value):
+    assert config.value_of(words.split(), "replay", "none") == value
+
+
+def test_value_of_knows_both_spellings_of_a_flag():
+    assert config.value_of(["--max_tokens", "3"], "max_tokens") == "3"
+    assert config.value_of(["--max-tokens=3"], "max_tokens") == "3"
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ("--replay", "--replay prompt"),
+        ("--replay --steps 3", "--replay prompt --steps 3"),
+        ("--steps 3 --replay", "--steps 3 --replay prompt"),
+        ("--replay -h", "--replay prompt -h"),
+        ("--replay group", "--replay group"),
+        ("--replay=group", "--replay=group"),
+        ("--replay-ratio 3", "--replay-ratio 3"),
+        ("", ""),
+    ],
+)
+def test_with_value_completes_a_flag_that_stands_alone(words, expected):
+    argv = words.split()
+    assert config.with_value(argv, "replay", "prompt") == expected.split()
+    assert argv == words.split()
+
+
+def test_preset_goes_by_the_model_and_by_the_methods_named():
+    def preset(*argv: str) -> train.Config:
+        return config.preset(train.Config, [*argv], tiny.SETTINGS, train.METHODS)
+
+    assert preset() == train.Config(**tiny.SETTINGS)
+    assert preset("--model", "x") == preset("--model=x") == train.Config(data="polaris")
+    group = train.METHODS["group"].settings
+    assert group and preset("--replay", "group") == train.Config(**tiny.SETTINGS | group)
+    both = preset("--model", "x", "--replay", "rollout+group")
+    assert both == preset("--model", "x", "--replay", "group+rollout")
+    assert both == train.Config(data="polaris", **train.METHODS["rollout"].settings)  # which is group's and one more
+    assert preset("--replay", "nonsense") == preset()
+    assert "steps" in tiny.SETTINGS and train.Config().steps != tiny.SETTINGS["steps"]
+
+
+def test_fail_says_what_is_wrong_and_ends_with_code_2(capsys):
+    with pytest.raises(SystemExit) as stop:
+        config.fail("no such thing")
+    output = capsys.readouterr()
+    assert stop.value.code == 2 and output.out == ""
+    assert output.err == "error: no such thing; --help lists all flags\n"
+
+
+# ---------------------------------------------------------------- bounds
+
+# Numbers of train.Config without a largest value: it could only be guessed. check_training has more on dual_clip.
+UNBOUNDED = {"lr", "grad_clip", "dual_clip"}
+
+
+def numbers() -> list[str]:
+    values = dataclasses.asdict(train.Config())
+    return [name for name, value in values.items() if isinstance(value, int | float) and not isinstance(value, bool)]
+
+
+def test_every_number_of_training_has_bounds_or_is_known_to_have_none():
+    assert len(numbers()) > 40
+    assert set(numbers()) - set(config.BOUNDS) == UNBOUNDED
+    assert UNBOUNDED - {"dual_clip"} <= set(config.ABOVE)
+    assert set(config.ABOVE) <= set(numbers())
+    for low, high in config.BOUNDS.values():
+        assert low < high
+
+
+@pytest.mark.parametrize("preset", [train.Config(), train.Config(**tiny.SETTINGS)], ids=["papers", "embedded"])
+@pytest.mark.parametrize("method", [None, *train.METHODS])
+def test_defaults_of_every_method_are_within_bounds(preset, method):
+    settings = train.METHODS[method].settings if method else {}
+    config.check_training(dataclasses.replace(preset, **settings))
+
+
+@pytest.mark.parametrize("name", numbers())
+def test_a_number_beyond_its_bounds_is_refused_by_name(name):
+    flag = "--" + name.replace("_", "-")
+    low, high = config.BOUNDS.get(name, (0 if name != "dual_clip" else -math.inf, math.inf))
+    is_float = isinstance(getattr(train.Config(), name), float)
+
+    def refusal(value) -> str:
+        with pytest.raises(ValueError) as error:
+            config.check(dataclasses.replace(train.Config(), **{name: value}))
+        assert "\n" not in str(error.value)
+        return str(error.value)
+
+    if math.isfinite(low):
+        assert refusal(low - 1).startswith(f"{flag} must be ")
+    if math.isfinite(high):
+        assert refusal(high + 1) == f"{flag} must be at most {high}, got {high + 1}"
+        config.check(dataclasses.replace(train.Config(), **{name: high}))
+    if name in config.ABOVE:
+        assert refusal(0.0) == f"{flag} must be above 0, got 0.0"
+    elif math.isfinite(low):
+        config.check(dataclasses.replace(train.Config(), **{name: low}))
+    if is_float:
+        assert refusal(math.nan) == f"{flag} must be a finite number, got nan"
+        assert refusal(-math.inf) == f"{flag} must be a finite number, got -inf"
+
+
+def test_infinity_is_meant_in_two_places_and_nowhere_else():
+    meant = []
+    for name in numbers():
+        try:
+            config.check(dataclasses.replace(train.Config(), **{name: math.inf}))
+            meant.append(name)
+        except ValueError:
+            pass
+    assert meant == ["initial_priority", "is_cap"]
+
+
+TOGETHER = {
+    "--dual-clip must be above 1 .or 0: none., got 0.5": {"dual_clip": 0.5},
+    "--dual-clip must be above 1 .or 0: none., got -1": {"dual_clip": -1.0},
+    "--betas must be at least 0 and below 1, got 0.9 and 1.0": {"betas": (0.9, 1.0)},
+    "--betas must be at least 0 and below 1, got -0.1 and 0.9": {"betas": (-0.1, 0.9)},
+    "--difficulty needs two pass rates": {"difficulty": (0.5, 0.2)},
+    "--sharing is a knob of the embedded task": {"model": "x", "sharing": "none"},
+    "--gpus is for --dry-run": {"gpus": "8x80"},
+    "it cannot join rollout": {"replay": "rollout+adaptive"},
+    "--steps must be at least 1": {"steps": 0},
+}
+
+
+@pytest.mark.parametrize("message", TOGETHER)
+def test_settings_that_cannot_be_meant_together_are_refused(message):
+    with pytest.raises(ValueError, match=message):
+        config.check_training(dataclasses.replace(train.Config(), **TOGETHER[message]))
+
+
+# ---------------------------------------------------------------- classes by name
+
+PACE = """
+from replay import Uniform
+
+
+class Pace(Uniform):
+    '''Every prompt `max_reuse` times in a row.'''
+
+    def __init__(self, num_prompts, seed=0, max_reuse=2, own=5):
+        super().__init__(num_prompts, seed)
+        self.max_reuse = max_reuse
+        self.own = own
+
+    def draw(self, n, step):
+        if step % self.max_reuse == 1:
+            return self.take_fresh(self.begin(n, step))
+        before = list(self.batch)
+        self.begin(n, step)
+        return self.take(before, replayed=True)
+"""
+
+AGAIN = """
+from replay import ReplayStore
+
+
+class Again(ReplayStore):
+    '''The useful groups of the step before once more.'''
+
+    def complete(self, useful, places, step):
+        batch = useful + list(self.stored)
+        self.stored.clear()
+        self.stored.extend(useful)
+        return batch
+
+    def figures(self, step):
+        return {"again": len(self.stored)}
+
+
+class InPlaces(Again):
+    DECIDES = "places"
+"""
+
+
+def written(path: Path, text: str) -> Path:
+    path.write_text(text)
+    return path
+
+
+def test_load_class_of_a_module_and_of_a_file(tmp_path):
+    assert config.load_class("replay:PromptReplay") is PromptReplay
+    kind = config.load_class(f"{written(tmp_path / 'pace.py', PACE)}:Pace")
+    assert issubclass(kind, Uniform) and kind(10).max_reuse == 2
+
+
+def test_a_users_file_takes_no_modules_place(tmp_path):
+    path = written(tmp_path / "replay.py", "from replay import Uniform\nclass Mine(Uniform): ...\n")
+    assert issubclass(config.load_class(f"{path}:Mine"), Uniform)
+    import replay
+
+    assert replay.PromptReplay is PromptReplay and not hasattr(replay, "Mine")
+
+
+def test_a_users_file_may_have_dataclasses(tmp_path):
+    text = (
+        "from __future__ import annotations\nfrom dataclasses import dataclass\n@dataclass\nclass D:\n    x: int = 1\n"
+    )
+    assert config.load_class(f"{written(tmp_path / 'd.py', text)}:D")().x == 1
+
+
+BROKEN = {
+    "def f(:": r"cannot be imported \(SyntaxError: ",
+    "raise KeyError('gone')": r"cannot be imported \(KeyError: 'gone'\)",
+    "import no_such_module": r"cannot be imported \(ModuleNotFoundError: No module named 'no_such_module'\)",
+    "raise ValueError('one\\ntwo')": r"cannot be imported \(ValueError: one\)",
+    "def Pace(): ...": "has no class 'Pace'",
+    "class Peace: ...": "has no class 'Pace'",
+}
+
+
+@pytest.mark.parametrize("text", BROKEN)
+def test_a_class_that_cannot_be_had_is_one_line(tmp_path, text):
+    path = written(tmp_path / "mine.py", text)
+    with pytest.raises(ValueError, match=BROKEN[text]) as error:
+        config.load_class(f"{path}:Pace")
+    assert str(path) in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_file_that_is_not_there_is_named(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(FileNotFoundError, match=f"there is no file {tmp_path / 'mine.py'}"):
+        config.load_class("mine.py:Pace")
+    with pytest.raises(ValueError, match="has no class ''"):
+        config.load_class(f"{written(tmp_path / 'mine.py', PACE)}:")
+
+
+def test_build_gives_a_class_the_settings_of_the_names_of_its_arguments():
+    cfg = train.Config(seed=4, band=(0.1, 0.2), replay_ratio=0.7, mask_truncated=True)
+    sampler = config.build(PromptReplay, cfg, 50)
+    assert len(sampler.rate) == 50 and sampler.band == (0.1, 0.2) and sampler.cooldown == cfg.cooldown
+    store = config.build(RolloutReplay, cfg)
+    assert store.replay_ratio == 0.7 and store.mask_truncated and store.stored.maxlen == cfg.rollout_capacity
+
+
+def test_build_names_what_is_no_setting():
+    class Needy:
+        def __init__(self, seed, of_its_own):
+            pass
+
+    class Nothing: ...
+
+    with pytest.raises(ValueError, match="Needy cannot be made .*'of_its_own'.* needs a default"):
+        config.build(Needy, train.Config())
+    with pytest.raises(ValueError, match="Nothing cannot be made"):
+        config.build(Nothing, train.Config(), 50)
+
+
+# ---------------------------------------------------------------- rules of a user
+
+
+def test_a_users_class_decides_prompts_extra_or_what_it_says(tmp_path):
+    pace = written(tmp_path / "pace.py", PACE)
+    again = written(tmp_path / "again.py", AGAIN)
+    sampler, stores = train.make_rules(train.Config(replay=f"{pace}:Pace", max_reuse=3, seed=1), num_prompts=40)
+    assert type(sampler).__name__ == "Pace" and stores == {}
+    assert (sampler.max_reuse, sampler.own, len(sampler.order)) == (3, 5, 40)
+    first = sampler.draw(8, 1)
+    assert first == sampler.draw(8, 2) == sampler.draw(8, 3) != sampler.draw(8, 4) and sampler.replays == set()
+    sampler, stores = train.make_rules(train.Config(replay=f"prompt+{again}:Again+group"), num_prompts=40)
+    assert isinstance(sampler, PromptReplay)
+    assert {place: type(store).__name__ for place, store in stores.items()} == {
+        "places": "GroupReplay",
+        "extra": "Again",
+    }
+    _, stores = train.make_rules(train.Config(replay=f"{again}:InPlaces"), num_prompts=40)
+    assert list(stores) == ["places"]
+    with pytest.raises(ValueError, match="GroupReplay and InPlaces decide the same thing"):
+        train.make_rules(train.Config(replay=f"group+{again}:InPlaces"), num_prompts=40)
+
+
+LACKING = {
+    "class Mine: ...": "Mine has no complete, attach, learn, figures, .*replay.ReplayStore",
+    "class Mine:\n    def draw(self, n, step): ...": "Mine has no observe, replays, .*replay.Uniform",
+    "import replay\nclass Mine(replay.Uniform):\n    DECIDES = 'answers'": "Mine.DECIDES must be one of prompts, ",
+    "import replay\nclass Mine(replay.ReplayStore):\n    figures = 1": "Mine has no complete:",
+}
+
+
+@pytest.mark.parametrize("text", LACKING)
+def test_a_rule_that_lacks_what_training_needs_is_refused(tmp_path, text):
+    path = written(tmp_path / "mine.py", text)
+    with pytest.raises(ValueError, match=LACKING[text]):
+        train.make_rules(train.Config(replay=f"{path}:Mine"), num_prompts=40)
+
+
+def test_a_users_rule_trains_resumes_and_names_the_folder_of_its_run(tmp_path, monkeypatch):
+    monkeypatch.setattr(config, "OUT", tmp_path / "out")
+    monkeypatch.setattr(tiny, "home", lambda sharing: config.ROOT / "out" / "tiny-model")
+    rules = f"{written(tmp_path / 'pace.py', PACE)}:Pace+{written(tmp_path / 'again.py', AGAIN)}:Again"
+    flags = ["--prompts-per-step", "4", "--answers-per-prompt", "4", "--eval-every", "0", "--save-every", "3"]
+    flags += ["--replay", rules, "--max-reuse", "2"]
+    assert train.main([*flags, "--steps", "3"]) == 0
+    (folder,) = (tmp_path / "out").iterdir()
+    assert folder.name == "tiny-pace-Pace+again-Again-s0"
+    assert train.main([*flags, "--steps", "5", "--resume"]) == 0
+    rows = plot.read(folder / "metrics.jsonl")
+    assert train.main([*flags, "--steps", "5", "--out", str(tmp_path / "whole")]) == 0
+    for row, whole in zip(rows, plot.read(tmp_path / "whole" / "metrics.jsonl"), strict=True):
+        for name in ("reward", "loss", "grad_norm", "distinct_prompts", "again"):
+            assert row[name] == whole[name], name
+    assert [row["distinct_prompts"] for row in rows] == [4, 4, 8, 8, 12]
+    assert any(row["again"] for row in rows)
+
+
+# ---------------------------------------------------------------- mistakes
+
+
+def test_a_mistake_is_one_line_and_other_errors_pass(capsys):
+    with pytest.raises(SystemExit) as stop, config.exits(2, ValueError, OSError):
+        raise ValueError("this is wrong")
+    assert stop.value.code == 2 and capsys.readouterr().err == "error: this is wrong\n"
+    with pytest.raises(KeyError), config.exits(2, ValueError):
+        raise KeyError("a bug")
+    with config.exits(2, ValueError):
+        pass
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    ("rank", "all_ranks", "said"), [("0", False, 1), ("1", False, 0), ("0", True, 1), ("1", True, 1)]
+)
+def test_what_is_wrong_everywhere_is_said_once_and_what_is_wrong_somewhere_there(
+    monkeypatch, capsys, rank, all_ranks, said
+):
+    monkeypatch.setenv("RANK", rank)
+    with pytest.raises(SystemExit) as stop, config.exits(1, ValueError, all_ranks=all_ranks):
+        raise ValueError("this is wrong")
+    assert stop.value.code == 1 and capsys.readouterr().err.count("error: this is wrong") == said

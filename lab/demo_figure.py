@@ -1,7 +1,7 @@
 """The README's figure: held-out accuracy over rollouts, plain GRPO and POPO, from lab/results/demo.json.
 
-    python -m lab.demo_figure                                 draws docs/figures/demo.png
-    python -m lab.demo_figure out/none-* out/popo-*   first makes lab/results/demo.json anew from these runs
+    python -m lab.demo_figure                   draws docs/figures/demo.png
+    python -m lab.demo_figure out/demo/*        first makes lab/results/demo.json anew from these runs
 
 The file holds the commands of the runs. Both have one objective, so that what differs is the store.
 """
@@ -83,7 +83,7 @@ def place_label(axis, method: str, x: np.ndarray, y: np.ndarray) -> None:
     """The name of a method beside its line: plain GRPO's below, POPO's above."""
     at = len(x) // 2
     if method == "none":
-        axis.text(x[at] + 1.2, y[at] - 7, LABELS[method], color=COLOURS[method], ha="left", va="top")
+        axis.text(x[at] + 1.2, y[at] - 8, LABELS[method], color=COLOURS[method], ha="left", va="top")
     else:
         axis.text(x[at] - 1.5, y[at] + 5, LABELS[method], color=COLOURS[method], ha="right", va="bottom")
 

@@ -1,0 +1,113 @@
+"""The README's figure: held-out accuracy over rollouts, plain GRPO and POPO, from lab/results/demo.json.
+
+    python -m lab.demo_figure                   draws docs/figures/demo.png
+    python -m lab.demo_figure out/demo/*        first makes lab/results/demo.json anew from these runs
+
+The file holds the commands of the runs. Both have one objective, so that what differs is the store.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+
+from support import plot
+from support.config import ROOT
+
+RESULTS = ROOT / "lab" / "results" / "demo.json"
+FIGURE = ROOT / "docs" / "figures" / "demo.png"
+COLOURS = {"none": "#222222", "group": "#c0508f"}
+LABELS = {"none": "plain GRPO", "group": "POPO: stored groups\nin place of dead ones"}
+COMMANDS = {
+    "none": "python train.py --advantage std --clip-high 0.28 --dual-clip 10 --lr 2e-4 --steps 300 --seed SEED",
+    "group": "python train.py --replay popo --lr 2e-4 --steps 300 --seed SEED",
+}
+SAME = ("lr", "steps", "advantage", "clip_high", "dual_clip", "normaliser", "prompts_per_step", "eval_every")
+
+
+def collect(folders: list[str]) -> dict:
+    """Accuracy at each evaluation of these runs, by method and seed. ValueError for runs that cannot stand together."""
+    curves = {method: {"rollouts": [], "seeds": {}} for method in COMMANDS}
+    settings = []
+    for folder in map(Path, folders):
+        config = json.loads((folder / "config.json").read_text())
+        method = config["replay"].replace("popo", "group")
+        if method not in curves:
+            raise ValueError(f"{folder} is a run with --replay {method}; the figure shows none and popo")
+        rollouts = []
+        accuracies = []
+        for row in plot.read(folder / "metrics.jsonl"):
+            # the evaluation before the first step stands in the first row
+            if "eval_accuracy_start" in row:
+                rollouts.append(0)
+                accuracies.append(row["eval_accuracy_start"])
+            if "eval_accuracy" in row:
+                rollouts.append(row["rollouts"])
+                accuracies.append(row["eval_accuracy"])
+        curves[method]["rollouts"] = rollouts
+        curves[method]["seeds"][str(config["seed"])] = accuracies
+        settings.append([config[name] for name in SAME])
+
+    # runs that differ in more than the store and the seed would show something else
+    if any(other != settings[0] for other in settings):
+        raise ValueError(f"these runs differ in one of {', '.join(SAME)}")
+    if curves["none"]["seeds"].keys() != curves["group"]["seeds"].keys():
+        raise ValueError("the two methods need runs of the same seeds")
+    return {"commands": COMMANDS, "commit": config.get("commit", ""), "curves": curves}
+
+
+def demo(result: dict, path: Path) -> Path:
+    """A thin line for each run, a thick one for the mean over seeds."""
+    pyplot = plot.pyplot()
+    pyplot.rcParams.update({"font.size": 15})
+    figure, axis = pyplot.subplots(figsize=(8, 4.6), layout="constrained")
+    for method, curve in result["curves"].items():
+        thousands = np.array(curve["rollouts"]) / 1000
+        runs = 100 * np.array(list(curve["seeds"].values()))  # [S, N]
+        for run in runs:
+            axis.plot(thousands, run, color=COLOURS[method], linewidth=0.8, alpha=0.35)
+        axis.plot(thousands, runs.mean(0), color=COLOURS[method], linewidth=3)
+        place_label(axis, method, thousands, runs.mean(0))
+    seeds = len(result["curves"]["none"]["seeds"])
+    axis.set(xlim=(0, None), ylim=(20, 90), xlabel="rollouts (answers generated), thousands")
+    axis.set_ylabel("held-out accuracy, %")
+    axis.set_title(f"The same rollouts, the same objective, {seeds} matched seeds (thick: mean)", fontsize=14)
+    axis.grid(color="#eeeeee")
+    axis.set_axisbelow(True)
+    axis.spines[["top", "right"]].set_visible(False)
+    return plot.save(figure, path)
+
+
+def place_label(axis, method: str, x: np.ndarray, y: np.ndarray) -> None:
+    """The name of a method beside its line: plain GRPO's below, POPO's above."""
+    at = len(x) // 2
+    if method == "none":
+        axis.text(x[at] + 1.2, y[at] - 8, LABELS[method], color=COLOURS[method], ha="left", va="top")
+    else:
+        axis.text(x[at] - 1.5, y[at] + 5, LABELS[method], color=COLOURS[method], ha="right", va="bottom")
+
+
+def rounded(value):
+    """Accuracies of 400 problems have four digits."""
+    if isinstance(value, dict):
+        return {key: rounded(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [round(item, 4) for item in value]
+    return value
+
+
+def main(argv: list[str]) -> int:
+    try:
+        if argv:
+            RESULTS.write_text(json.dumps(rounded(collect(argv))) + "\n")
+            print(RESULTS)
+        print(demo(json.loads(RESULTS.read_text()), FIGURE))
+    except (ValueError, OSError, KeyError) as error:
+        print(f"error: {error}; give folders of runs of the commands in {RESULTS}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -25,7 +25,7 @@ import grpo
 import reward
 import rollout
 from replay import DynamicSampling, Group, GroupReplay, Prioritized, PromptReplay, RolloutReplay, Uniform
-from support import checkpoint, config, folder, log, plan, ranks
+from support import checkpoint, config, folder, log, offload, plan, ranks
 from support.model import load_model, make_optimizer, use_varlen_attention
 from tasks import prompts, tiny
 
@@ -131,6 +131,7 @@ class Config:
     kl: float = 0.0  # coefficient of a k3 KL to the initial model
     mask_truncated: bool = False  # answers cut at the limit count in their group, but are not trained on
     # ---- optimiser
+    offload: Literal["auto", "on", "off"] = "auto"  # float32 weights and AdamW in host memory; auto: if the GPU is short
     optimizer: Literal["adamw", "adamw8bit"] = "adamw"  # moments in float32, or in 8 bits (pip install torchao)
     lr: float = 1e-6  # constant
     betas: tuple[float, float] = (0.9, 0.95)  # AdamW's; 0.999 would average over more steps than most runs have
@@ -145,7 +146,7 @@ class Config:
 
 # what may differ between a run and its resumption
 FREE = {"out", "steps", "max_rollouts", "resume", "save_every", "eval_every", "rollout_batch", "gpu_memory", "vllm"}
-FREE |= {"dry_run", "gpus", "wandb", "tensorboard"}
+FREE |= {"dry_run", "gpus", "offload", "wandb", "tensorboard"}
 
 
 # ---------------------------------------------------------------- before the first step
@@ -199,10 +200,13 @@ class Run:
         if not cfg.model and ranks.is_main():
             tiny.make(path, sharing=cfg.sharing)
         ranks.barrier()
-        model, self.tokenizer, stop_ids = load_model(path, cfg.gradient_checkpointing)
-        self.policy = grpo.Policy(model, cfg.dtype)
-        grpo.check_policy(self.policy)
-        use_varlen_attention(model)
+        on_host = offload.wants_offload(cfg, path)
+        model, self.tokenizer, stop_ids = load_model(path, cfg.gradient_checkpointing, "cpu" if on_host else None)
+        self.trained = grpo.Policy(model, cfg.dtype)  # the float32 weights: the optimiser moves them, a checkpoint has them
+        grpo.check_policy(self.trained)
+        self.policy = offload.working_copy(self.trained, cfg.dtype) if on_host else self.trained  # computes
+        model = self.policy.model
+        use_varlen_attention(model, cfg.dtype)
         self.prompts, self.held_out = prompts.load_prompts(cfg, self.tokenizer)
         self.digest = prompts.digest(self.prompts)  # a run is resumed on the data it was started on
         self.gauge = log.Gauge(len(self.prompts))
@@ -221,7 +225,7 @@ class Run:
         for module in filter(None, (self.policy, self.reference)):
             layers = [part for part in module.modules() if type(part).__name__ in (model._no_split_modules or ())]
             ranks.shard(module, layers, cfg.dtype == "bfloat16")
-        self.optimizer = make_optimizer(self.policy, cfg)
+        self.optimizer = make_optimizer(self.trained, cfg, self.policy)
         for store in self.stores.values():
             store.attach(self)
         if cfg.resume:

@@ -1,9 +1,8 @@
 """Models as Hugging Face has them: loading, what has to be switched off before training, and the optimiser."""
 
 import torch
-from transformers.utils import is_flash_attn_2_available
 
-from support import ranks
+from support import attention, offload, ranks
 
 
 def load_model(path: str, gradient_checkpointing: bool = False, device: str | None = None):
@@ -50,20 +49,28 @@ def without_dropout(model) -> None:
             module.attention_dropout = 0.0
 
 
-def use_varlen_attention(model) -> None:
-    """On a GPU that has flash attention the model gets it: it reads the borders of packed sequences from position_ids, and
-    needs no mask of L x L. Elsewhere transformers' own choice stays."""
-    if torch.cuda.is_available() and is_flash_attn_2_available():
-        model.set_attn_implementation("flash_attention_2")
+def use_varlen_attention(model, dtype: str) -> None:
+    """On a GPU, in bf16, the model gets attention that needs no mask of L x L for packed sequences. Elsewhere
+    transformers' own choice stays."""
+    if dtype != "bfloat16" or not torch.cuda.is_available():
+        return
+    if torch.cuda.get_device_capability() >= (8, 0) and attention.knows(model.config):
+        attention.use(model)
 
 
-def make_optimizer(model: torch.nn.Module, cfg) -> torch.optim.Optimizer:
-    """AdamW over float32 weights: in bf16 a weight does not move at lr 1e-6. ValueError if torchao is missing."""
+def make_optimizer(trained: torch.nn.Module, cfg, working: torch.nn.Module | None = None) -> torch.optim.Optimizer:
+    """AdamW over the float32 weights of `trained`: in bf16 a weight does not move at lr 1e-6.
+
+    working: what has the gradients, where that is not `trained` itself (support/offload.py). ValueError if torchao is
+    missing.
+    """
     settings = {"lr": cfg.lr, "betas": cfg.betas, "weight_decay": cfg.weight_decay}
+    if working is not None and working is not trained:
+        return offload.HostAdamW(trained, working, cfg.threads, **settings)
     if cfg.optimizer == "adamw":
-        return torch.optim.AdamW(model.parameters(), **settings, fused=True)
+        return torch.optim.AdamW(trained.parameters(), **settings, fused=True)
     try:
         from torchao.optim import AdamW8bit
     except ImportError as error:
         raise ValueError(f"--optimizer adamw8bit needs torchao: pip install torchao ({error})") from error
-    return AdamW8bit(model.parameters(), **settings)
+    return AdamW8bit(trained.parameters(), **settings)

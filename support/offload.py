@@ -1,8 +1,8 @@
 """Float32 weights and AdamW in host memory, for one GPU that has no room for them: `--offload`.
 
-The GPU holds what a pass computes with. Weights of linear layers are in bf16 there, as autocast would cast them anyway;
-all others (embedding, norms) and all gradients are in float32. So nothing is rounded that was not rounded before, and a
-run with offload is the run without, bit for bit (tests/test_offload.py).
+The GPU holds what a pass computes with. Weights of linear layers are in bf16 there, as autocast would cast them
+anyway; all others (embedding, norms) and all gradients are in float32. So nothing is rounded that was not rounded
+before, and a run with offload is the run without, bit for bit (tests/test_offload.py).
 
 Bytes a parameter: 6 and a little on the GPU instead of 16, and 12 in host memory instead of none.
 """
@@ -62,16 +62,16 @@ def low_precision(model: torch.nn.Module) -> list[torch.nn.Parameter]:
 
 
 def working_copy(masters: torch.nn.Module, dtype: str, device: str | None = None) -> torch.nn.Module:
-    """`masters` once more, to compute with in `dtype`, on `device` (the GPU, if there is one). The gradients of its
-    parameters are float32, whatever they are themselves. With masters on the GPU already it would not fit."""
+    """`masters` once more, to compute with in `dtype`, on `device` (by default the GPU, if there is one). The
+    gradients of its parameters are float32, whatever they are themselves."""
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     low = set()
     if dtype == "bfloat16":
         low = {id(parameter) for parameter in low_precision(masters)}
 
-    # The memo tells deepcopy what to take for each parameter, so that there is never a second float32 one on the host,
-    # and a tied weight stays one.
+    # The memo tells deepcopy what to take for each parameter: there is never a second float32 one on the host, and
+    # a tied weight stays one.
     memo = {}
     for parameter in masters.parameters():
         kind = torch.bfloat16 if id(parameter) in low else parameter.dtype
@@ -86,7 +86,8 @@ def working_copy(masters: torch.nn.Module, dtype: str, device: str | None = None
 
 @contextlib.contextmanager
 def cpu_threads(count: int):
-    """Runs its block with `count` threads. They are put back after it: Dynamo, in vLLM, compiles anew for another count."""
+    """Runs its block with `count` threads, and puts the count back: for another one Dynamo, in vLLM, compiles
+    anew."""
     before = torch.get_num_threads()
     torch.set_num_threads(count)
     try:
@@ -98,8 +99,8 @@ def cpu_threads(count: int):
 class HostAdamW(torch.optim.AdamW):
     """AdamW on `masters`, float32 weights in host memory, with the gradients of `working`, their working copy.
 
-    It is saved and loaded as any AdamW over `masters`. A step leaves no gradients, and brings the working copy up to
-    date. It goes through one parameter at a time, so that only one gradient is ever in host memory.
+    It is saved and loaded as any AdamW over `masters`. A step leaves no gradients, and brings the working copy up
+    to date. It takes one parameter at a time, so that only one gradient is ever in host memory.
     """
 
     def __init__(self, masters: torch.nn.Module, working: torch.nn.Module, threads: int = 0, **settings):
@@ -107,12 +108,12 @@ class HostAdamW(torch.optim.AdamW):
         self.pairs = list(zip(masters.parameters(), working.parameters(), strict=True))
         self.threads = threads or THREADS
 
-        # One buffer, because a fresh allocation for each parameter is slow; pinned, because the GPU copies faster then.
+        # One buffer, because a fresh allocation for each parameter is slow; pinned, for faster copies.
         largest = max(weight.numel() for weight, _ in self.pairs)
         self.staging = torch.empty(largest, dtype=torch.float32, pin_memory=torch.cuda.is_available())
 
-        # Moments as the first step would make them, so that a checkpoint can be read into them before any step. It is
-        # here that the pages are taken, and one thread alone would be slow at it.
+        # Moments as the first step would make them, so that a checkpoint can be read into them before any step.
+        # Their pages are taken here, at which one thread alone would be slow.
         with cpu_threads(self.threads):
             for weight, _ in self.pairs:
                 self.state[weight] = {

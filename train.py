@@ -131,7 +131,7 @@ class Config:
     kl: float = 0.0  # coefficient of a k3 KL to the initial model
     mask_truncated: bool = False  # answers cut at the limit count in their group, but are not trained on
     # ---- optimiser
-    offload: Literal["auto", "on", "off"] = "auto"  # float32 weights and AdamW in host memory; auto: if the GPU is short
+    offload: Literal["auto", "on", "off"] = "auto"  # float32 weights and AdamW in host memory; auto: if need be
     optimizer: Literal["adamw", "adamw8bit"] = "adamw"  # moments in float32, or in 8 bits (pip install torchao)
     lr: float = 1e-6  # constant
     betas: tuple[float, float] = (0.9, 0.95)  # AdamW's; 0.999 would average over more steps than most runs have
@@ -202,9 +202,9 @@ class Run:
         ranks.barrier()
         on_host = offload.wants_offload(cfg, path)
         model, self.tokenizer, stop_ids = load_model(path, cfg.gradient_checkpointing, "cpu" if on_host else None)
-        self.trained = grpo.Policy(model, cfg.dtype)  # the float32 weights: the optimiser moves them, a checkpoint has them
+        self.trained = grpo.Policy(model, cfg.dtype)  # has the weights that the optimiser moves and a checkpoint saves
         grpo.check_policy(self.trained)
-        self.policy = offload.working_copy(self.trained, cfg.dtype) if on_host else self.trained  # computes
+        self.policy = offload.working_copy(self.trained, cfg.dtype) if on_host else self.trained
         model = self.policy.model
         use_varlen_attention(model, cfg.dtype)
         self.prompts, self.held_out = prompts.load_prompts(cfg, self.tokenizer)

@@ -85,8 +85,8 @@ def attend(
         position_ids = position_ids.expand(rows, length)
     edges, longest = borders(position_ids)
 
-    # Autocast does not know the kernel: queries and keys come in float32 from their norms.
-    dtype = query.dtype
+    # Autocast does not know the kernel: queries and keys may come in float32 from their norms.
+    dtype = value.dtype
     if torch.is_autocast_enabled(query.device.type):
         dtype = torch.get_autocast_dtype(query.device.type)
     packed = [x.transpose(1, 2).flatten(0, 1).to(dtype) for x in (query, key, value)]  # [T, heads, D]

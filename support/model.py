@@ -8,8 +8,8 @@ from support import attention, offload, ranks
 def load_model(path: str, gradient_checkpointing: bool = False, device: str | None = None):
     """Model in float32 (bf16 weights do not move at lr 1e-6), tokenizer, and the ids that end an answer.
 
-    The model is on the GPU if there is one, but for several ranks on the CPU: sharding takes it from there layer by
-    layer, since it need not fit. ValueError, in one line, if no model can be loaded from `path`.
+    The model is on the GPU if there is one, but for several ranks on the CPU: sharding takes it from there
+    layer by layer, since it need not fit. ValueError, in one line, if no model can be loaded from `path`.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer, logging
 
@@ -21,8 +21,8 @@ def load_model(path: str, gradient_checkpointing: bool = False, device: str | No
     except Exception as error:  # transformers raises half a dozen kinds here, some with pages of text
         first = str(error).strip().split("\n")[0]
         raise ValueError(
-            f"no model can be loaded from {path!r} ({type(error).__name__}: {first}); give a Hugging Face id, or a "
-            "folder with config, weights and tokenizer"
+            f"no model can be loaded from {path!r} ({type(error).__name__}: {first}); give a Hugging Face id, or "
+            "a folder with config, weights and tokenizer"
         ) from error
 
     # An answer may end in any of the ids that the model's own generation stops at.
@@ -49,9 +49,9 @@ def without_dropout(model) -> None:
             module.attention_dropout = 0.0
 
 
-def use_varlen_attention(model, dtype: str) -> None:
-    """On a GPU, in bf16, the model gets attention that needs no mask of L x L for packed sequences. Elsewhere
-    transformers' own choice stays."""
+def use_varlen_attention(model, dtype: str = "bfloat16") -> None:
+    """On a GPU, in bf16, the model gets attention that needs no mask of L x L for packed sequences
+    (support/attention.py). Elsewhere transformers' own choice stays."""
     if dtype != "bfloat16" or not torch.cuda.is_available():
         return
     if torch.cuda.get_device_capability() >= (8, 0) and attention.knows(model.config):

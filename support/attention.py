@@ -31,12 +31,13 @@ def borders(position_ids: torch.Tensor) -> tuple[torch.Tensor, int]:
     return edges.to(torch.int32), int(edges.diff().max())
 
 
-def reference(query, key, value, edges: torch.Tensor, scale: float, window: int | None = None) -> torch.Tensor:
+def reference(query, key, value, edges: torch.Tensor, scale: float, window: int | None = None):
     """query [T, H, D], key and value [T, K, D] -> [T, H, D], sequence by sequence. window: a token sees at most so
     many, itself included."""
     parts = []
     edges = edges.tolist()
     for start, end in zip(edges, edges[1:], strict=False):
+        # Causal alone needs no mask; a window does, where the sequence is longer.
         rows = [x[start:end].transpose(0, 1)[None] for x in (query, key, value)]  # [1, heads, length, D]
         mask = None
         if window is not None and window < end - start:
@@ -44,7 +45,11 @@ def reference(query, key, value, edges: torch.Tensor, scale: float, window: int 
             distance = distance[:, None] - distance
             mask = (distance >= 0) & (distance < window)
         part = scaled_dot_product_attention(
-            *rows, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=query.shape[1] != key.shape[1]
+            *rows,
+            attn_mask=mask,
+            is_causal=mask is None,
+            scale=scale,
+            enable_gqa=query.shape[1] != key.shape[1],
         )
         parts.append(part[0].transpose(0, 1))
     return torch.cat(parts)
@@ -52,6 +57,8 @@ def reference(query, key, value, edges: torch.Tensor, scale: float, window: int 
 
 def kernel(query, key, value, edges: torch.Tensor, longest: int, scale: float, window: int | None = None):
     """The same as `reference` in bf16 on a GPU. longest: length of the longest sequence."""
+    # A window goes so many to the left of a token, and none to its right.
+    left = -1 if window is None else window - 1
     return varlen_attn(
         query,
         key,
@@ -61,13 +68,21 @@ def kernel(query, key, value, edges: torch.Tensor, longest: int, scale: float, w
         longest,
         longest,
         scale=scale,
-        window_size=(-1 if window is None else window - 1, 0),  # so many to the left of a token, none to its right
+        window_size=(left, 0),
         enable_gqa=query.shape[1] != key.shape[1],
     )
 
 
 def attend(
-    module, query, key, value, attention_mask, scaling=None, sliding_window=None, position_ids=None, **rest
+    module,
+    query,
+    key,
+    value,
+    attention_mask,
+    scaling=None,
+    sliding_window=None,
+    position_ids=None,
+    **rest,
 ) -> tuple[torch.Tensor, None]:
     """What a model's layer calls. query [R, H, L, D], key and value [R, K, L, D] -> [R, L, H, D], and None.
 
@@ -78,6 +93,8 @@ def attend(
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **rest)
     if rest.get("softcap") is not None or rest.get("s_aux") is not None:
         raise ValueError(f"{NAME} attention knows neither caps nor sinks; use a model without them")
+
+    # Where the sequences are: rows without positions of their own are a sequence each.
     rows, _, length, size = query.shape
     if position_ids is None:
         position_ids = torch.arange(length, device=query.device)[None]

@@ -218,6 +218,7 @@ def test_a_step_has_its_threads_and_gives_them_back(monkeypatch):
             weight.grad = torch.ones_like(weight)
         optimizer.step()
         assert set(counts) == {3} and torch.get_num_threads() == 1
+        assert all(weight.grad is None for weight in working.parameters())  # the GPU has their room at once
         with pytest.raises(RuntimeError), offload.cpu_threads(2):
             raise RuntimeError
         assert torch.get_num_threads() == 1

@@ -1,9 +1,9 @@
 """Attention over packed sequences without a mask: each token sees its own sequence, up to itself.
 
-transformers would make a mask of L x L for packed sequences, and scaled_dot_product_attention is slow with one.
-Here the borders of sequences are read from position_ids, which restart at 0 with each. On a GPU in bf16 PyTorch's
-own variable-length kernel computes it; elsewhere a loop over the sequences does, which says what the kernel has
-to compute (tests/test_attention.py).
+transformers would make a mask of L x L for packed sequences, and scaled_dot_product_attention is slow with
+one. Here the borders of sequences are read from position_ids, which restart at 0 with each. On a GPU in bf16
+PyTorch's own variable-length kernel computes it. Elsewhere a loop over the sequences does, which says what the
+kernel has to compute (tests/test_attention.py).
 
 Letters: R rows of L tokens, S sequences, T = R * L tokens, H query heads, K key heads, D size of a head.
 """
@@ -22,8 +22,8 @@ NAME = "packed_varlen"  # what a model calls it; support/logprobs.has_varlen kno
 
 @lru_cache(maxsize=1)  # every layer asks, and an answer waits for the GPU
 def borders(position_ids: torch.Tensor) -> tuple[torch.Tensor, int]:
-    """position_ids [R, L] -> where each sequence starts in R * L, and at the end R * L, int32 [S + 1]; and the
-    length of the longest. Each row starts a sequence, too."""
+    """position_ids [R, L] -> where each sequence starts in R * L, and at the end R * L, int32 [S + 1]; and
+    the length of the longest. Each row starts a sequence, too."""
     starts = position_ids == 0
     starts[:, 0] = True
     starts = starts.flatten().nonzero()[:, 0]
@@ -32,8 +32,8 @@ def borders(position_ids: torch.Tensor) -> tuple[torch.Tensor, int]:
 
 
 def reference(query, key, value, edges: torch.Tensor, scale: float, window: int | None = None):
-    """query [T, H, D], key and value [T, K, D] -> [T, H, D], sequence by sequence. window: a token sees at most so
-    many, itself included."""
+    """query [T, H, D], key and value [T, K, D] -> [T, H, D], sequence by sequence. window: a token sees at most
+    so many, itself included."""
     parts = []
     edges = edges.tolist()
     for start, end in zip(edges, edges[1:], strict=False):
@@ -86,8 +86,8 @@ def attend(
 ) -> tuple[torch.Tensor, None]:
     """What a model's layer calls. query [R, H, L, D], key and value [R, K, L, D] -> [R, L, H, D], and None.
 
-    Whatever has a mask or a cache is no packed batch (it is generation), and goes the usual way. ValueError for models
-    that cap their attention or give it sinks, which the kernel does not know.
+    Whatever has a mask or a cache is no packed batch (it is generation), and goes the usual way. ValueError for
+    models that cap their attention or give it sinks, which the kernel does not know.
     """
     if attention_mask is not None or query.shape[2] != key.shape[2]:
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **rest)

@@ -58,11 +58,11 @@ def use_varlen_attention(model, dtype: str = "bfloat16") -> None:
         attention.use(model)
 
 
-def make_optimizer(trained: torch.nn.Module, cfg, working: torch.nn.Module | None = None) -> torch.optim.Optimizer:
+def make_optimizer(trained: torch.nn.Module, cfg, working=None) -> torch.optim.Optimizer:
     """AdamW over the float32 weights of `trained`: in bf16 a weight does not move at lr 1e-6.
 
-    working: what has the gradients, where that is not `trained` itself (support/offload.py). ValueError if torchao is
-    missing.
+    working: the module that has the gradients, where that is not `trained` itself (support/offload.py).
+    ValueError if torchao is missing.
     """
     settings = {"lr": cfg.lr, "betas": cfg.betas, "weight_decay": cfg.weight_decay}
     if working is not None and working is not trained:

@@ -1,8 +1,8 @@
 """Float32 weights and AdamW in host memory, for one GPU that has no room for them: `--offload`.
 
-The GPU holds what a pass computes with. Weights of linear layers are in bf16 there, as autocast would cast them
-anyway; all others (embedding, norms) and all gradients are in float32. So nothing is rounded that was not rounded
-before, and a run with offload is the run without, bit for bit (tests/test_offload.py).
+The GPU holds what a pass computes with. Weights of linear layers are in bf16 there, as autocast would cast
+them anyway; all others (embedding, norms) and all gradients are in float32. So nothing is rounded that was not
+rounded before, and a run with offload is the run without, bit for bit (tests/test_offload.py).
 
 Bytes a parameter: 6 and a little on the GPU instead of 16, and 12 in host memory instead of none.
 """
@@ -21,7 +21,7 @@ THREADS = torch.get_num_threads()  # before vLLM is imported, which leaves the p
 
 
 def wants_offload(cfg, path: str) -> bool:
-    """Whether float32 weights and AdamW go to host memory, for a run of the model at `path`; prints it and why.
+    """Whether float32 weights and AdamW go to host memory, for a run of the model at `path`. Prints it and why.
 
     ValueError, in one line, for an --offload on that cannot be meant, or for which host memory is too small.
     """
@@ -35,8 +35,8 @@ def wants_offload(cfg, path: str) -> bool:
     needs = plan.HOST * sizes["parameters"]
     if place == "host" and 0 < has < needs:
         raise ValueError(
-            f"--offload on needs {plan.size(needs)} GiB of host memory for float32 weights and AdamW's moments, and "
-            f"{plan.size(has)} GiB can be had; take a machine with more, or --offload off"
+            f"--offload on needs {plan.size(needs)} GiB of host memory for float32 weights and AdamW's moments, "
+            f"and {plan.size(has)} GiB can be had; take a machine with more, or --offload off"
         )
     if ranks.is_main():
         where = "in host memory" if place == "host" else "on the GPU"
@@ -48,7 +48,7 @@ def wants_offload(cfg, path: str) -> bool:
 
 
 def low_precision(model: torch.nn.Module) -> list[torch.nn.Parameter]:
-    """The parameters that autocast casts at every use: those of linear layers, unless tied to an embedding."""
+    """The parameters that autocast casts at every use: of linear layers, unless tied to an embedding."""
     embeddings = set()
     for module in model.modules():
         if isinstance(module, torch.nn.Embedding):
@@ -70,8 +70,8 @@ def working_copy(masters: torch.nn.Module, dtype: str, device: str | None = None
     if dtype == "bfloat16":
         low = {id(parameter) for parameter in low_precision(masters)}
 
-    # The memo tells deepcopy what to take for each parameter: there is never a second float32 one on the host, and
-    # a tied weight stays one.
+    # The memo tells deepcopy what to take for each parameter: there is never a second float32 one on the host,
+    # and a tied weight stays one.
     memo = {}
     for parameter in masters.parameters():
         kind = torch.bfloat16 if id(parameter) in low else parameter.dtype
@@ -97,10 +97,10 @@ def cpu_threads(count: int):
 
 
 class HostAdamW(torch.optim.AdamW):
-    """AdamW on `masters`, float32 weights in host memory, with the gradients of `working`, their working copy.
+    """AdamW on `masters`, float32 weights in host memory, by the gradients of `working`, their working copy.
 
-    It is saved and loaded as any AdamW over `masters`. A step leaves no gradients, and brings the working copy up
-    to date. It takes one parameter at a time, so that only one gradient is ever in host memory.
+    It is saved and loaded as any AdamW over `masters`. A step leaves no gradients, and brings the working copy
+    up to date. It takes one parameter at a time, so that only one gradient is ever in host memory.
     """
 
     def __init__(self, masters: torch.nn.Module, working: torch.nn.Module, threads: int = 0, **settings):
@@ -112,8 +112,8 @@ class HostAdamW(torch.optim.AdamW):
         largest = max(weight.numel() for weight, _ in self.pairs)
         self.staging = torch.empty(largest, dtype=torch.float32, pin_memory=torch.cuda.is_available())
 
-        # Moments as the first step would make them, so that a checkpoint can be read into them before any step.
-        # Their pages are taken here, at which one thread alone would be slow.
+        # Moments as the first step would make them: a checkpoint can be read into them before any step. Their
+        # pages are taken here, at which one thread alone would be slow.
         with cpu_threads(self.threads):
             for weight, _ in self.pairs:
                 self.state[weight] = {

@@ -25,7 +25,7 @@ import grpo
 import reward
 import rollout
 from replay import DynamicSampling, Group, GroupReplay, Prioritized, PromptReplay, RolloutReplay, Uniform
-from support import checkpoint, config, folder, log, plan, ranks
+from support import checkpoint, config, folder, log, offload, plan, ranks
 from support.folder import is_done
 from support.model import check_policy, load_model, make_optimizer, use_varlen_attention
 from tasks import prompts, tiny
@@ -196,21 +196,22 @@ class Run:
         if not cfg.model and ranks.is_main():
             tiny.make(path, sharing=cfg.sharing)
         ranks.barrier()
-        model, self.tokenizer, stop_ids = load_model(path, cfg.gradient_checkpointing)
-        self.policy = grpo.Policy(model, cfg.dtype)
-        check_policy(self.policy)
-        if use_varlen_attention(model):
+        on_host = offload.wants_offload(cfg, path)
+        model, self.tokenizer, stop_ids = load_model(path, cfg.gradient_checkpointing, "cpu" if on_host else None)
+        self.trained = grpo.Policy(model, cfg.dtype)  # has the weights that the optimiser moves, and that are saved
+        check_policy(self.trained)
+        self.policy = offload.working_copy(self.trained, cfg.dtype) if on_host else self.trained
+        model = self.policy.model
+        if use_varlen_attention(model, cfg.dtype):
             check_policy(self.policy)  # once more: it packs in another way
-        self.prompts, held_out = prompts.load_prompts(cfg, self.tokenizer)
-        self.held_out = held_out if cfg.eval_every else []
+        self.prompts, self.held_out = prompts.load_prompts(cfg, self.tokenizer)
         self.digest = prompts.digest(self.prompts)  # a run is resumed on the data it was started on
         self.gauge = log.Gauge(len(self.prompts))
 
         # The rules. Then the engine: vLLM takes its share of the GPU before the trainer does.
         self.sampler, self.stores = make_rules(cfg, len(self.prompts))
-        self.refills = None  # the store of dynamic sampling, which has batches filled by more rounds of rollouts
-        if isinstance(self.stores.get("places"), DynamicSampling):
-            self.refills = self.stores["places"]
+        places = self.stores.get("places")
+        self.refills = places if isinstance(places, DynamicSampling) else None  # it has batches filled in rounds
         self.reference = None  # the model as loaded, for the KL
         if cfg.kl:
             self.reference = grpo.Policy(copy.deepcopy(model).requires_grad_(False), cfg.dtype)
@@ -220,7 +221,7 @@ class Run:
         for module in filter(None, (self.policy, self.reference)):
             layers = [part for part in module.modules() if type(part).__name__ in (model._no_split_modules or ())]
             ranks.shard(module, layers, cfg.dtype == "bfloat16")
-        self.optimizer = make_optimizer(self.policy, cfg)
+        self.optimizer = make_optimizer(self.trained, cfg, self.policy)
         for store in self.stores.values():
             store.attach(self)
         if cfg.resume:

@@ -16,7 +16,6 @@ import torch
 
 import grpo
 from grpo import Answer, Policy
-from support.logprobs import length_of
 
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
@@ -88,6 +87,11 @@ PROMPTS = 64 if GPU else 32
 ANSWERS = 16
 TOKENS = 1024 if GPU else 48
 PROMPT_TOKENS = 24
+
+
+def length_of(answer) -> int:
+    """Tokens of prompt and answer together."""
+    return len(answer.prompt) + len(answer.tokens)
 
 
 def here() -> str:

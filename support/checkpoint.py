@@ -169,7 +169,7 @@ def save(run) -> None:
     """
     final = run.folder / "checkpoints" / f"step-{run.step:08d}"
     partial = final.with_suffix(".partial")
-    model, optimizer = get_state_dict(run.policy, run.optimizer)
+    model, optimizer = get_state_dict(run.trained, run.optimizer)
     try:
         if ranks.is_main():
             remove(partial)
@@ -364,10 +364,10 @@ def load(run, path: Path, free: set[str]) -> None:
         state = torch.load(path / "state.pt", weights_only=True)
         check_same(run, state["config"], state["digest"], free)
         check_metadata(path)
-        model, optimizer = get_state_dict(run.policy, run.optimizer)
+        model, optimizer = get_state_dict(run.trained, run.optimizer)
         target = {"model": model, "optimizer": optimizer}
         dcp.load(target, storage_reader=Reader(path), planner=Planner(), no_dist=ranks.world() == 1)
-        set_state_dict(run.policy, run.optimizer, model_state_dict=model, optim_state_dict=optimizer)
+        set_state_dict(run.trained, run.optimizer, model_state_dict=model, optim_state_dict=optimizer)
         run.sampler.load_state_dict(state["sampler"])
         run.gauge.load_state_dict(state["gauge"])
         for name, store in run.stores.items():
@@ -474,12 +474,12 @@ def reason(error: BaseException) -> str:
 def export(run) -> None:
     """The trained model in Hugging Face format, float32, in the run's folder model/."""
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-    state = get_model_state_dict(run.policy.model, options=options)
+    state = get_model_state_dict(run.trained.model, options=options)
     if ranks.is_main():
         final = run.folder / "model"
         partial = run.folder / "model.partial"
         remove(partial)
-        run.policy.model.save_pretrained(partial, state_dict=state)
+        run.trained.model.save_pretrained(partial, state_dict=state)
         run.tokenizer.save_pretrained(partial)
         # file by file into what is there: a user may have put something beside them
         final.mkdir(exist_ok=True)

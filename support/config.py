@@ -64,7 +64,7 @@ ABOVE = ("lr", "grad_clip", "gpu_memory", "temperature", "smoothing")  # these h
 
 # What train.py asks of a rule, by what the rule decides. replay.Uniform and replay.ReplayStore have most of it.
 NEEDS = {
-    "prompts": ("draw", "observe", "replays", "figures", "state_dict", "load_state_dict"),
+    "prompts": ("draw", "observe", "figures", "state_dict", "load_state_dict"),
     "places": ("complete", "attach", "learn", "figures", "state_dict", "load_state_dict"),
     "extra": ("complete", "attach", "learn", "figures", "state_dict", "load_state_dict"),
 }

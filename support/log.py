@@ -297,6 +297,8 @@ class Mirror:
 
     def log(self, row: dict) -> None:
         """Numbers as curves, lists as histograms: they are counts of 0, 1, 2 ..."""
+        if not self.board:
+            return
         step = row["step"]
         for name, value in row.items():
             if isinstance(value, int | float) and name != "step":
@@ -319,6 +321,8 @@ class Mirror:
 
     def samples(self, rows: list[dict]) -> None:
         """Rows of samples.jsonl as text."""
+        if not self.board or not rows:
+            return
         for i, row in enumerate(rows):
             text = "\n".join(f"{name}: {value}" for name, value in row.items())
             # four spaces before each line: Markdown then leaves LaTeX and tags alone

@@ -173,7 +173,8 @@ def empty_microbatch(device) -> MicroBatch:
 def has_varlen(model) -> bool:
     """Whether its attention reads the borders of sequences from position_ids. Packing all into one row then
     costs nothing, and is required."""
-    return "flash" in (model.config._attn_implementation or "")
+    name = model.config._attn_implementation or ""
+    return "flash" in name or "varlen" in name
 
 
 # ---------------------------------------------------------------- less to do

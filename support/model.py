@@ -3,9 +3,8 @@
 from types import SimpleNamespace
 
 import torch
-from transformers.utils import is_flash_attn_2_available
 
-from support import ranks
+from support import attention, offload, ranks
 from support.logprobs import has_varlen, pack
 
 
@@ -66,16 +65,15 @@ def without_dropout(model) -> None:
             module.attention_dropout = 0.0
 
 
-def use_varlen_attention(model) -> bool:
-    """On a GPU that has flash attention the model gets it: it reads the borders of packed sequences from position_ids,
-    and needs no mask of L x L. Elsewhere, and in a model that does not know it, transformers' own choice stays.
+def use_varlen_attention(model, dtype: str = "bfloat16") -> bool:
+    """On a GPU, in bf16, the model gets attention that needs no mask of L x L for packed sequences
+    (support/attention.py). Elsewhere, and in a model that does not know it, transformers' own choice stays.
     Returns whether there is something new to check: a model that is still on its way to a GPU cannot run it."""
-    if not (torch.cuda.is_available() and is_flash_attn_2_available()):
+    if dtype != "bfloat16" or not torch.cuda.is_available():
         return False
-    try:
-        model.set_attn_implementation("flash_attention_2")
-    except (ImportError, ValueError):
+    if torch.cuda.get_device_capability() < (8, 0) or not attention.knows(model.config):
         return False
+    attention.use(model)
     return model.device.type == "cuda"
 
 
@@ -103,14 +101,19 @@ def check_policy(policy) -> None:
         )
 
 
-def make_optimizer(model: torch.nn.Module, cfg) -> torch.optim.Optimizer:
-    """AdamW over float32 weights: in bf16 a weight does not move at lr 1e-6. ValueError if torchao is
-    missing."""
+def make_optimizer(trained: torch.nn.Module, cfg, working=None) -> torch.optim.Optimizer:
+    """AdamW over the float32 weights of `trained`: in bf16 a weight does not move at lr 1e-6.
+
+    working: the module that has the gradients, where that is not `trained` itself (support/offload.py).
+    ValueError if torchao is missing.
+    """
     settings = {"lr": cfg.lr, "betas": cfg.betas, "weight_decay": cfg.weight_decay}
+    if working is not None and working is not trained:
+        return offload.HostAdamW(trained, working, cfg.threads, **settings)
     if cfg.optimizer == "adamw":
-        return torch.optim.AdamW(model.parameters(), **settings, fused=True)
+        return torch.optim.AdamW(trained.parameters(), **settings, fused=True)
     try:
         from torchao.optim import AdamW8bit
     except ImportError as error:
         raise ValueError(f"--optimizer adamw8bit needs torchao: pip install torchao ({error})") from error
-    return AdamW8bit(model.parameters(), **settings)
+    return AdamW8bit(trained.parameters(), **settings)

@@ -22,7 +22,7 @@ def load_prompts(cfg, tokenizer) -> tuple[list[data.Prompt], list[data.Prompt]]:
     # From text to token ids, once and for all.
     thinking = {"on": True, "off": False}.get(cfg.thinking)
     prompts, skipped = data.encode(pairs, tokenizer, cfg.max_prompt_tokens, thinking)
-    held_out, _ = data.encode(held_out, tokenizer, cfg.max_prompt_tokens, thinking)
+    held_out, _ = data.encode(held_out if cfg.eval_every else [], tokenizer, cfg.max_prompt_tokens, thinking)
     if skipped:
         notes.append(f"{skipped} of {len(prompts) + skipped} prompts exceed {cfg.max_prompt_tokens} tokens: left out")
     if notes and ranks.is_main():

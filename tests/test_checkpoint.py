@@ -80,7 +80,7 @@ def make_run(folder: Path, **settings) -> SimpleNamespace:
     return SimpleNamespace(
         cfg=cfg,
         folder=folder,
-        model=model,
+        trained=model,
         optimizer=torch.optim.AdamW(model.parameters(), lr=cfg.lr),
         sampler=Sampler(),
         stores={"group": Replay()},
@@ -104,7 +104,7 @@ def train(run, steps: int, save_every: int = 2) -> list[float]:
         run.stores["group"].stored.append(group)
         run.gauge.observe([group], set())
         stored = sum(float(one.rewards.sum()) for one in run.stores["group"].stored)
-        loss = (run.model(torch.randn(4, 8)) - stored).square().mean()
+        loss = (run.trained(torch.randn(4, 8)) - stored).square().mean()
         loss.backward()
         run.optimizer.step()
         run.optimizer.zero_grad()
@@ -134,7 +134,7 @@ def rows(folder: Path) -> list[dict]:
 
 
 def weights(run) -> list[torch.Tensor]:
-    return [p.detach().clone() for p in run.model.parameters()]
+    return [p.detach().clone() for p in run.trained.parameters()]
 
 
 def equal(one, two) -> bool:
@@ -292,8 +292,8 @@ def test_a_state_with_an_earlier_versions_keys_is_refused_in_one_line(folder, mo
 
 def test_a_model_of_another_shape_is_one_line(folder):
     run = make_run(folder)
-    run.model = torch.nn.Sequential(torch.nn.Linear(8, 4), torch.nn.Tanh(), torch.nn.Linear(4, 1))
-    run.optimizer = torch.optim.AdamW(run.model.parameters())
+    run.trained = torch.nn.Sequential(torch.nn.Linear(8, 4), torch.nn.Tanh(), torch.nn.Linear(4, 1))
+    run.optimizer = torch.optim.AdamW(run.trained.parameters())
     with pytest.raises(ValueError, match="cannot be read") as error:
         checkpoint.resume(run, {"out", "resume"})
     assert "\n" not in str(error.value)
@@ -405,7 +405,7 @@ def test_a_setting_of_the_optimizer_runs_no_code(folder, tmp_path, monkeypatch):
     """torch reads what is no tensor without `weights_only`."""
     path = folder / "checkpoints" / "step-00000006"
     run = resumed(folder)
-    model, optimizer = checkpoint.get_state_dict(run.model, run.optimizer)
+    model, optimizer = checkpoint.get_state_dict(run.trained, run.optimizer)
     shutil.rmtree(path)
     shutil.copytree(path.with_name("step-00000004"), path, ignore=lambda *_: [".metadata", "__0_0.distcp"])
     optimizer["param_groups"][0]["lr"] = Evil(tmp_path / "proof")
@@ -453,8 +453,8 @@ def test_an_export_leaves_what_lies_beside_it(tmp_path):
             path.mkdir()
             (path / "model.safetensors").write_text("new")
 
-    run = SimpleNamespace(folder=tmp_path, model=SimpleNamespace(model=torch.nn.Linear(1, 1)))
-    run.model.model.save_pretrained = Model().save_pretrained
+    run = SimpleNamespace(folder=tmp_path, trained=SimpleNamespace(model=torch.nn.Linear(1, 1)))
+    run.trained.model.save_pretrained = Model().save_pretrained
     run.tokenizer = SimpleNamespace(save_pretrained=lambda path: (path / "tokenizer.json").write_text("new"))
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "notes.txt").write_text("mine")

@@ -261,18 +261,16 @@ def group(prompt: int, *rewards: float) -> SimpleNamespace:
 
 def test_gauge_is_the_mean_change_from_visit_to_visit_apart_for_replay_and_epochs():
     gauge = log.Gauge(4)
-    gauge.observe([group(0, 0, 1), group(1, 0, 0)], set())
-    assert gauge.figures() == {}
+    assert gauge.observe([group(0, 0, 1), group(1, 0, 0)], set()) == {}
     gauge.observe([group(0, 1, 1), group(1, 0, 1)], {0, 1})
     gauge.observe([group(0, 0, 1), group(2, 1, 1)], set())
-    gauge.observe([group(2, 0, 0), group(0, 0, 1)], set())
-    figures = gauge.figures()
+    figures = gauge.observe([group(2, 0, 0), group(0, 0, 1)], set())
     assert (figures["gain_replay"], figures["gain_replay_n"], figures["gain_replay_se"]) == (0.5, 2, 0)
     assert figures["gain_epochs"] == pytest.approx(-0.5) and figures["gain_epochs_n"] == 3
     assert figures["gain_epochs_se"] == pytest.approx(np.std([-0.5, -1, 0], ddof=1) / 3**0.5)
     again = log.Gauge(4)
     again.load_state_dict(gauge.state_dict())
-    assert again.figures() == figures
+    assert again.observe([], set()) == figures
     assert len({log.advice(gain, 0.01) for gain in (0.01, 0.05, 0.2, 0.3)}) == 4
     assert log.advice(0.054, 0.047) == log.advice(0.2, 0.03) == log.advice(0.01, 0.01)
 

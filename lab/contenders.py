@@ -431,7 +431,7 @@ def contender_update_ours() -> dict[str, float]:
         prompt, longest, count = (256, 3840, 32)
         cfg = Config(dtype="bfloat16", tokens_per_microbatch=16_384, is_cap=0.0)
     model = make_model(shape)
-    use_varlen_attention(model)
+    use_varlen_attention(model, cfg.dtype)
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     policy = Policy(model)
     optimizer = make_optimizer(policy, cfg)

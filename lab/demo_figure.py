@@ -17,7 +17,6 @@ from support.config import ROOT
 
 RESULTS = ROOT / "lab" / "results" / "demo.json"
 FIGURE = ROOT / "docs" / "figures" / "demo.png"
-COLOURS = {"none": "#222222", "group": "#c0508f"}
 LABELS = {"none": "plain GRPO", "group": "POPO: stored groups\nin place of dead ones"}
 COMMANDS = {
     "none": "python train.py --advantage std --clip-high 0.28 --dual-clip 10 --lr 2e-4 --steps 300 --seed SEED",
@@ -66,8 +65,8 @@ def demo(result: dict, path: Path) -> Path:
         thousands = np.array(curve["rollouts"]) / 1000
         runs = 100 * np.array(list(curve["seeds"].values()))  # [S, N]
         for run in runs:
-            axis.plot(thousands, run, color=COLOURS[method], linewidth=0.8, alpha=0.35)
-        axis.plot(thousands, runs.mean(0), color=COLOURS[method], linewidth=3)
+            axis.plot(thousands, run, color=plot.COLOURS[method], linewidth=0.8, alpha=0.35)
+        axis.plot(thousands, runs.mean(0), color=plot.COLOURS[method], linewidth=3)
         place_label(axis, method, thousands, runs.mean(0))
     seeds = len(result["curves"]["none"]["seeds"])
     axis.set(xlim=(0, None), ylim=(20, 90), xlabel="rollouts (answers generated), thousands")
@@ -83,9 +82,9 @@ def place_label(axis, method: str, x: np.ndarray, y: np.ndarray) -> None:
     """The name of a method beside its line: plain GRPO's below, POPO's above."""
     at = len(x) // 2
     if method == "none":
-        axis.text(x[at] + 1.2, y[at] - 8, LABELS[method], color=COLOURS[method], ha="left", va="top")
+        axis.text(x[at] + 1.2, y[at] - 8, LABELS[method], color=plot.COLOURS[method], ha="left", va="top")
     else:
-        axis.text(x[at] - 1.5, y[at] + 5, LABELS[method], color=COLOURS[method], ha="right", va="bottom")
+        axis.text(x[at] - 1.5, y[at] + 5, LABELS[method], color=plot.COLOURS[method], ha="right", va="bottom")
 
 
 def rounded(value):

@@ -20,6 +20,7 @@ from pathlib import Path
 
 import numpy as np
 
+from lab import demo_figure
 from support import plot, stats
 from support.config import ROOT, parse
 
@@ -393,7 +394,9 @@ def figures(folder: Path) -> list[Path]:
     rules = ["prompt", "prioritized", "greso", "adaptive"]
     pays = "No shared facts: replay pays at small learning rates, little at the best"
     shrinks = "Shared digits: POPO and rollout-level replay gain, less at the best learning rate"
+    demo = json.loads(demo_figure.RESULTS.read_text())
     return [
+        demo_figure.demo(demo, folder / "demo.png"),
         forest(shown, folder / "none.png", pays),
         forest(digits, folder / "digits.png", shrinks),
         regimes(cells, folder / "map.png", rules, interference=0.0),

@@ -8,7 +8,7 @@ import grpo
 from rollout import TransformersEngine
 from support import attention
 from support.logprobs import has_varlen, pack
-from support.model import use_varlen_attention
+from support.model import check_policy, use_varlen_attention
 from tasks.data import Prompt
 
 VOCABULARY = 32
@@ -168,7 +168,7 @@ def test_its_name_means_one_row_a_micro_batch():
     assert has_varlen(model) and not has_varlen(small_model(forced=False))
     micros = grpo.Policy(model).pack(some_answers(9), 40)
     assert len(micros) > 1 and all(len(micro.input_ids) == 1 for micro in micros)
-    grpo.check_policy(grpo.Policy(model))
+    check_policy(grpo.Policy(model))
 
 
 @pytest.mark.parametrize("prompts", [[(3, 4, 5), (6, 7, 8)], [(3, 4, 5, 6, 7), (8, 9)]])

@@ -235,6 +235,9 @@ from replay import Uniform
 class Pace(Uniform):
     '''Every prompt `max_reuse` times in a row.'''
 
+    STATE = (*Uniform.STATE, 'before')
+    before = []
+
     def __init__(self, num_prompts, seed=0, max_reuse=2, own=5):
         super().__init__(num_prompts, seed)
         self.max_reuse = max_reuse
@@ -242,10 +245,10 @@ class Pace(Uniform):
 
     def draw(self, n, step):
         if step % self.max_reuse == 1:
-            return self.take_fresh(self.begin(n, step))
-        before = list(self.batch)
+            self.before = self.take_fresh(self.begin(n, step))
+            return self.before
         self.begin(n, step)
-        return self.take(before, replayed=True)
+        return self.take(self.before, replayed=True)
 """
 
 AGAIN = """

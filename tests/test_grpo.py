@@ -11,10 +11,10 @@ import pytest
 import torch
 
 import grpo
-import support.model
 from grpo import Answer, Policy, advantages, k3, policy_loss, to_answers, token_weights, update
 from lab import rules
 from replay import Group
+from support import attention
 from support.logprobs import pack
 from support.model import check_policy, make_optimizer, use_varlen_attention, without_dropout
 from tasks import tiny
@@ -712,24 +712,20 @@ def test_gradient_checkpointing_changes_nothing():
         assert_same_gradients(ours, theirs)
 
 
-@pytest.mark.parametrize("case", ["no GPU", "no flash attention", "not known to the model", "fits"])
+@pytest.mark.parametrize("case", ["no GPU", "an old GPU", "float32", "fits"])
 def test_a_model_gets_the_attention_that_reads_borders_where_it_can(monkeypatch, case):
     model = small_model()
     usual = model.config._attn_implementation
+    dtype = "float32" if case == "float32" else "bfloat16"
+    capability = (7, 5) if case == "an old GPU" else (8, 0)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: case != "no GPU")
-    monkeypatch.setattr(support.model, "is_flash_attn_2_available", lambda: case != "no flash attention")
-
-    def choose(name):
-        if case == "not known to the model":
-            raise ValueError("several\nlines")
-        model.config._attn_implementation = name
-
-    monkeypatch.setattr(model, "set_attn_implementation", choose)
-    assert use_varlen_attention(model) is False  # the model is on the CPU: there is nothing to check yet
-    assert model.config._attn_implementation == ("flash_attention_2" if case == "fits" else usual)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    # The model is on the CPU: there is nothing to check yet.
+    assert use_varlen_attention(model, dtype) is False
+    assert model.config._attn_implementation == (attention.NAME if case == "fits" else usual)
     if case == "fits":
         monkeypatch.setattr(type(model), "device", SimpleNamespace(type="cuda"))
-        assert use_varlen_attention(model) is True
+        assert use_varlen_attention(model, dtype) is True
 
 
 def test_answers_of_a_batch_carry_what_their_groups_know():

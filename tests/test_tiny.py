@@ -6,6 +6,7 @@ from collections import Counter
 import pytest
 
 import reward
+import train as program
 from support import config
 from tasks import data, tiny
 
@@ -67,7 +68,7 @@ def test_the_usual_task_is_what_it_was():
 
 def test_sharing_belongs_to_the_embedded_task():
     with pytest.raises(ValueError, match="--sharing is a knob of the embedded task"):
-        config.validate(config.Config(model="Qwen/Qwen3-8B", sharing="none"))
+        config.check_training(program.Config(model="Qwen/Qwen3-8B", sharing="none"))
 
 
 @pytest.mark.slow  # half a minute

@@ -5,17 +5,17 @@
     python eval.py --model PATH --benchmarks aime24 mine.jsonl   some of them, or files of problems and answers
     python eval.py --compare A/results.json B/results.json       paired differences
 
-A table goes to the console, every score to results.json, every answer to NAME@K.jsonl in --out. The same
-command again goes on where it was stopped, and grades anew what is there. results.json holds a sha256 of
-problems and golds, since accuracies on different ones are not compared.
+A table goes to the console, every score to results.json, every answer to NAME@K.jsonl in --out. The same command
+again goes on where it was stopped, and grades anew what is there. results.json holds a sha256 of problems and golds,
+since accuracies on different ones are not compared.
 
-An answer is right if its reward is 1. avg@k is the mean over problems of the share of k answers that are
-right, with an error clustered by problem (support/stats.py). pass@k is unbiased, and pass@1 is avg@k. In
-the vote (maj@k) ties are shared, no answer is no vote, and wrong answers are the same if spelt the same.
-The macro mean counts each benchmark once. AES weighs tokens against accuracy (add_aes in support/stats.py).
+An answer is right if its reward is 1. avg@k is the mean over problems of the share of k answers that are right, with
+an error clustered by problem (support/stats.py). pass@k is unbiased, and pass@1 is avg@k. In the vote (maj@k) ties
+are shared, no answer is no vote, and wrong answers are the same if spelt the same. The macro mean counts each
+benchmark once. AES weighs tokens against accuracy (add_aes in support/stats.py).
 
-Sampling is at a temperature alone (the engines have no top-p and no top-k), with one random stream for each
-(seed, problem, sample). Answers end after --max-tokens; "cut off" is the share that did.
+Sampling is at a temperature alone (the engines have no top-p and no top-k), with one random stream for each (seed,
+problem, sample). Answers end after --max-tokens; "cut off" is the share that did.
 """
 
 import hashlib
@@ -97,8 +97,8 @@ class Task:
 def sample_answers(engine, task: Task, prompts: list[data.Prompt], tokenizer, seed: int) -> list[dict]:
     """K answers to each of some prompts, one row each.
 
-    The noise of an answer depends on the seed, the problem and the sample alone. So two evaluations differ
-    by the policy and not by luck.
+    The noise of an answer depends on the seed, the problem and the sample alone. So two evaluations differ by the
+    policy and not by luck.
     """
     rows = []
     for group in engine.generate(prompts, task.samples, seed, step=-1):

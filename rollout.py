@@ -4,9 +4,9 @@
     sleep()                       before the update, if it `sleeps`: gives up memory that the trainer can use
     sync(model) -> float          after it: takes the new weights, and returns how far the engine is off
 
-Every answer has a random stream of its own, from (seed, step, prompt, sample). So runs repeat, and an
-answer depends neither on the batch it was sampled in nor on the rank that sampled it. Sampling is at a
-temperature and nothing else: with top-p or top-k the log-probs would be those of another distribution.
+Every answer has a random stream of its own, from (seed, step, prompt, sample). So runs repeat, and an answer depends
+neither on the batch it was sampled in nor on the rank that sampled it. Sampling is at a temperature and nothing
+else: with top-p or top-k the log-probs would be those of another distribution.
 """
 
 import copy
@@ -97,11 +97,10 @@ SYNC_BOUND = {torch.float32: 0.05, torch.bfloat16: 1.0}
 
 
 class VLLMEngine:
-    """Samples with vLLM in the trainer's process, on a GPU or a CPU. Without a model, from the folder
-    `path`.
+    """Samples with vLLM in the trainer's process, on a GPU or a CPU. Without a model, from the folder `path`.
 
-    It leaves a default process group behind. There may be one engine at a time: when one is collected as
-    garbage, vLLM destroys the process groups of all.
+    It leaves a default process group behind. There may be one engine at a time: when one is collected as garbage,
+    vLLM destroys the process groups of all.
     """
 
     name = "vllm"
@@ -184,9 +183,8 @@ class VLLMEngine:
         self.llm.llm_engine.engine_core.shutdown()
 
     def sync(self, model) -> float:
-        """Wakes up with the weights of `model`. Returns the largest difference between the engine's
-        log-probs and the trainer's over a few answers; EngineAstray if it is more than rounding can
-        explain."""
+        """Wakes up with the weights of `model`. Returns the largest difference between the engine's log-probs and
+        the trainer's over a few answers; EngineAstray if it is more than rounding can explain."""
         if not isinstance(model, Policy):
             model = Policy(model, str(self.dtype).removeprefix("torch."))
 

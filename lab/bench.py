@@ -1,5 +1,4 @@
-"""Speed and memory, side by side with a peer in one run. Not a test: timings depend on the machine, ratios
-less so.
+"""Speed and memory, side by side with a peer in one run. Not a test: timings depend on the machine, ratios less so.
 
     python -m lab.bench                     all that this machine can run
     python -m lab.bench step replay         these sections only
@@ -15,9 +14,9 @@ Sections (every figure is a median over repetitions, with the spread, and stands
     vllm       the vLLM engine against bare LLM.generate, and a sync against a copy
     replay     samplers at a million prompts, stores full of long answers
 
-Each contender runs in a process of its own, in turn, so that peaks of memory and warm-up do not mix (the
-two of vllm share one engine, as its speed differs from start to start). What needs a package or a GPU that
-is not here is named and left out.
+Each contender runs in a process of its own, in turn, so that peaks of memory and warm-up do not mix (the two of vllm
+share one engine, as its speed differs from start to start). What needs a package or a GPU that is not here is named
+and left out.
 """
 
 import importlib.util

@@ -6,18 +6,17 @@
     python -m lab.compare --methods none prompt --lrs 1e-4 5e-4 2e-3     each rate, and the best for each method
     python -m lab.compare out/run1 out/run2 ...                          runs that are there already
 
-Runs of one seed share initial model, prompt order, sampling noise of equal answers, and evaluation. The
-first method is the baseline (of given folders: plain GRPO). Everything is read from the runs' config.json
-and metrics.jsonl; a finished run is not run again.
+Runs of one seed share initial model, prompt order, sampling noise of equal answers, and evaluation. The first method
+is the baseline (of given folders: plain GRPO). Everything is read from the runs' config.json and metrics.jsonl; a
+finished run is not run again.
 
-The arms share one objective: advantage, clip_high, dual_clip and normaliser are the baseline's, unless they
-are given after -- or by an arm itself. With --as-in-papers each method brings its own. Every setting in
-which arms differ stands under the table.
+The arms share one objective: advantage, clip_high, dual_clip and normaliser are the baseline's, unless they are
+given after -- or by an arm itself. With --as-in-papers each method brings its own. Every setting in which arms
+differ stands under the table.
 
-Accuracy at a cost is the mean over the last fifth of it, by straight lines between evaluations: the same
-stretch for all runs, however far apart their evaluations are. Differences are paired by seed, with
-Student's t intervals; p values are Holm-corrected over the methods of a table. Writes results.md,
-results.json and results.png.
+Accuracy at a cost is the mean over the last fifth of it, by straight lines between evaluations: the same stretch for
+all runs, however far apart their evaluations are. Differences are paired by seed, with Student's t intervals; p
+values are Holm-corrected over the methods of a table. Writes results.md, results.json and results.png.
 """
 
 import json
@@ -256,9 +255,8 @@ def load_of(runs: list[dict]) -> dict:
 
 
 def choose_rates(by_lr: dict[str, list[dict]], methods: list[str]) -> tuple[list[dict], dict]:
-    """Each method's runs at a learning rate of its own, by one rule: seeds of one half of all are taken at
-    the rate whose mean accuracy on the way to the budget was best in the other half. Returns them and the
-    rates chosen."""
+    """Each method's runs at a learning rate of its own, by one rule: seeds of one half of all are taken at the rate
+    whose mean accuracy on the way to the budget was best in the other half. Returns them and the rates chosen."""
     everything = [run for runs in by_lr.values() for run in runs]
     seeds = sorted({run["seed"] for run in everything})
     budget = min(spent(run, "rollouts") for run in everything)

@@ -1,7 +1,7 @@
 """What lab/bench.py measures: pairs of contenders, ours and a peer, each run in a process of its own.
 
-Update and vLLM are of a size that a GPU is worth: Qwen3-8B's shape with as many layers as leave room for
-AdamW, and a random Qwen3 of 0.6 B. On a CPU they run small, so that they are known to work.
+Update and vLLM are of a size that a GPU is worth: Qwen3-8B's shape with as many layers as leave room for AdamW, and
+a random Qwen3 of 0.6 B. On a CPU they run small, so that they are known to work.
 """
 
 import json

@@ -2,8 +2,8 @@
 
     python -m lab.figures     makes docs/figures/*.png, and the tables of README.md and docs/, anew in seconds
 
-The documentation's numbers are those of lab/results/. Every table is written to docs/tables/NAME.md. A page
-shows one by the two lines below, and what stands between them is replaced:
+The documentation's numbers are those of lab/results/. Every table is written to docs/tables/NAME.md. A page shows
+one by the two lines below, and what stands between them is replaced:
 
     <!-- table: none -->
     <!-- end of table -->
@@ -283,9 +283,8 @@ def draw_difference(axis, row: int, test: dict, colour: str) -> None:
 
 
 def regimes(cells: list[dict], path: Path, rules: list[str], interference: float) -> Path:
-    """Rollouts to two thirds of uniform sampling's gain, relative to it, over step per visit and sharing: a
-    panel for each of at most four rules, at one interference. Grey: less than two standard errors from no
-    difference."""
+    """Rollouts to two thirds of uniform sampling's gain, relative to it, over step per visit and sharing: a panel
+    for each of at most four rules, at one interference. Grey: less than two standard errors from no difference."""
     from matplotlib.colors import LinearSegmentedColormap
 
     rules = rules[:PANELS]

@@ -1,5 +1,4 @@
-"""Rules that are no paper's method: a baseline, our own, and ablations. `--replay NAME` knows them like the
-others.
+"""Rules that are no paper's method: a baseline, our own, and ablations. `--replay NAME` knows them like the others.
 
 GRESO                   greso         a baseline (2506.02177): pass over prompts that were dead lately
 Adaptive                adaptive      our own, of prompts: bring back what has lately been worth more than fresh ones
@@ -19,9 +18,9 @@ class GRESO(Uniform):
     """GRESO (2506.02177), a baseline. It walks the epochs, but passes over prompts that were dead lately:
 
     1. A prompt whose latest z groups in a row were dead is passed over with chance 1 - max(p^z, floor).
-    2. p is kept apart for all-right and all-wrong prompts. After each batch it falls by `pace` where the
-       share of such groups reached its target (a third of `target` for all-right ones, two thirds for
-       all-wrong ones), else it rises.
+    2. p is kept apart for all-right and all-wrong prompts. After each batch it falls by `pace` where the share of
+       such groups reached its target (a third of `target` for all-right ones, two thirds for all-wrong ones), else
+       it rises.
     """
 
     STATE = (*Uniform.STATE, "chance_rng", "in_a_row", "chance", "skipped")
@@ -82,19 +81,18 @@ def worth(rate: np.ndarray) -> np.ndarray:
 class Adaptive(Uniform):
     """Our own rule: prompts come back while return visits teach more than the next prompts of the epoch.
 
-    The papers fix beforehand which pass rates are worth another visit. Whether that saves rollouts depends
-    on how far one visit moves a prompt, and here the run itself tells:
+    The papers fix beforehand which pass rates are worth another visit. Whether that saves rollouts depends on how
+    far one visit moves a prompt, and here the run itself tells:
 
-    1. A visit that finds pass rate p is worth p(1-p)(1-p)^2. Two averages are kept over the latest visits:
-       of visits by the epochs, and of return visits to prompts whose group before was at a given pass rate.
-    2. Prompts come back whose pass rate's return visits have been worth `MARGIN` times a visit by the
-       epochs; the best pass rates first, and of one pass rate the prompts that were not visited for
-       longest.
+    1. A visit that finds pass rate p is worth p(1-p)(1-p)^2. Two averages are kept over the latest visits: of visits
+       by the epochs, and of return visits to prompts whose group before was at a given pass rate.
+    2. Prompts come back whose pass rate's return visits have been worth `MARGIN` times a visit by the epochs; the
+       best pass rates first, and of one pass rate the prompts that were not visited for longest.
     3. At most floor(share * P) of a batch, each after `cooldown` steps. All else comes from the epochs.
 
-    Where a visit all but solves a prompt, they return solved, are worth nothing, and replay all but ends by
-    itself. The power and the constants were chosen in lab/simulate.py; lab/LOG.md has what was tried, and
-    how it did on other cells.
+    Where a visit all but solves a prompt, they return solved, are worth nothing, and replay all but ends by itself.
+    The power and the constants were chosen in lab/simulate.py; lab/LOG.md has what was tried, and how it did on
+    other cells.
     """
 
     STATE = (*Uniform.STATE, "level", "last", "back", "returns", "fresh")
@@ -177,14 +175,13 @@ class Adaptive(Uniform):
 class OnPolicyGroupReplay(GroupReplay):
     """POPO as long as it is right: the other half of `--replay adaptive`.
 
-    A second use is right as long as the policy is nearly the one that sampled. Each update tells, by the
-    effective sample size of the replayed tokens' importance weights as a share of their number:
+    A second use is right as long as the policy is nearly the one that sampled. Each update tells, by the effective
+    sample size of the replayed tokens' importance weights as a share of their number:
 
-    1. Stored groups take the share `fill` of the dead groups' places; a fraction of a place is decided by
-       chance, so that even a small `fill` replays a group now and then, to see how it does.
-    2. Where the effective sample size stays above `min_ess`, `fill` grows by a fifth, up to `max_fill`;
-       else it falls by three tenths. Where steps are large, and a second use harms, replay all but ends by
-       itself.
+    1. Stored groups take the share `fill` of the dead groups' places; a fraction of a place is decided by chance, so
+       that even a small `fill` replays a group now and then, to see how it does.
+    2. Where the effective sample size stays above `min_ess`, `fill` grows by a fifth, up to `max_fill`; else it
+       falls by three tenths. Where steps are large, and a second use harms, replay all but ends by itself.
     """
 
     STATE = (*GroupReplay.STATE, "fill")

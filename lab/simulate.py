@@ -1,15 +1,13 @@
-"""When does replay pay? The samplers of replay.py, unchanged, on a policy whose pass rates are known
-exactly.
+"""When does replay pay? The samplers of replay.py, unchanged, on a policy whose pass rates are known exactly.
 
     python -m lab.simulate                                   every rule against uniform sampling, in seconds
     python -m lab.simulate --visit 1.4 --sharing 0.975       change one number and look again
     python -m lab.simulate --map                             rules over (step per visit x sharing): figures and numbers
 
-The policy: a prompt needs all of its skills, and each skill comes off with probability sigmoid(its logit),
-so that a prompt's pass rate is a product of sigmoids. Answers are drawn, a group's advantages are reward
-minus group mean, and REINFORCE moves the logits: by the mean over the groups that have a gradient, as in
-grpo.py, so that no rule is better for longer steps alone (`--normalise batch`: dead groups make a step
-shorter). The numbers that matter:
+The policy: a prompt needs all of its skills, and each skill comes off with probability sigmoid(its logit), so that a
+prompt's pass rate is a product of sigmoids. Answers are drawn, a group's advantages are reward minus group mean, and
+REINFORCE moves the logits: by the mean over the groups that have a gradient, as in grpo.py, so that no rule is
+better for longer steps alone (`--normalise batch`: dead groups make a step shorter). The numbers that matter:
 
     --visit         logits by which one visit moves a prompt of one skill at pass rate one half: the learning rate
     --sharing       0: no two prompts share a skill; 0.5: each skill is in two prompts; 0.975: in forty
@@ -17,13 +15,13 @@ shorter). The numbers that matter:
                     ever forgotten; else it moves all skills, up or down, by how alike their random features are
     --difficulty    share of prompts with a skill that hardly ever comes off (0.03) at the start
 
-Accuracy is exact: over new combinations of the skills trained on or, where nothing is shared, over the
-prompts trained on. A rule's seeds are matched with uniform sampling's: same skills, same prompts, same
-order of epochs. What it leaves out: answers' length and time (a rollout is a rollout), and all that a
-network's features do beyond random overlap.
+Accuracy is exact: over new combinations of the skills trained on or, where nothing is shared, over the prompts
+trained on. A rule's seeds are matched with uniform sampling's: same skills, same prompts, same order of epochs. What
+it leaves out: answers' length and time (a rollout is a rollout), and all that a network's features do beyond random
+overlap.
 
-Shapes: S seeds side by side, F skills, N prompts of the data set, P prompts of a step, K skills of a
-prompt, G answers.
+Shapes: S seeds side by side, F skills, N prompts of the data set, P prompts of a step, K skills of a prompt, G
+answers.
 """
 
 import dataclasses
@@ -160,9 +158,8 @@ def accuracy(theta: np.ndarray, test: np.ndarray) -> np.ndarray:
 
 
 def reinforce(rate: np.ndarray, uniforms: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Answers of prompts whose skills come off with `rate` [S, P, K], by random numbers [S, P, G, K]: how
-    many are right [S, P], and the REINFORCE gradient of the skills' logits [S, P, K], centred advantages,
-    mean over G."""
+    """Answers of prompts whose skills come off with `rate` [S, P, K], by random numbers [S, P, G, K]: how many are
+    right [S, P], and the REINFORCE gradient of the skills' logits [S, P, K], centred advantages, mean over G."""
     came_off = uniforms < rate[:, :, None]  # [S, P, G, K]
     right = came_off.all(3)
     advantage = right - right.mean(2, keepdims=True)
@@ -244,11 +241,11 @@ class Policy:
 def run(setting: Setting, rule, seeds: list[int], salt: int = 0, until: float = 1.0) -> dict[str, np.ndarray]:
     """One rule, all seeds side by side; `rule(num_prompts, seed)` makes a sampler.
 
-    It ends early when the share `until` of what was wrong at the start is right, on average over seeds.
-    Returns `accuracy` [S, points], the first that of the start, after `cost` rollouts [points]. By seed [S]
-    it returns the shares of zero-variance groups (`dead`) and of `replayed` prompts, how many `distinct`
-    prompts were seen, and the mean change of a prompt's pass rate since its last visit, where an epoch
-    (`moved_fresh`) and where replay (`moved_replayed`) brought it back.
+    It ends early when the share `until` of what was wrong at the start is right, on average over seeds. Returns
+    `accuracy` [S, points], the first that of the start, after `cost` rollouts [points]. By seed [S] it returns the
+    shares of zero-variance groups (`dead`) and of `replayed` prompts, how many `distinct` prompts were seen, and the
+    mean change of a prompt's pass rate since its last visit, where an epoch (`moved_fresh`) and where replay
+    (`moved_replayed`) brought it back.
     """
     policy = Policy(setting, seeds, salt)
     samplers = [rule(setting.prompts, seed + 100_000 * salt) for seed in seeds]
@@ -325,9 +322,9 @@ def mean_and_error(values: np.ndarray) -> dict:
 def against(base: dict, arm: dict) -> dict:
     """A rule's run against uniform sampling's, seed by seed.
 
-    `early` and `late`: rollouts relative to it, for a third and for two thirds of what it gains in the run.
-    `area` and `end`: differences of the mean and of the last accuracy. Where a seed never gets there, the
-    run's length stands for it, `reached` counts the others, and the mean is a lower bound.
+    `early` and `late`: rollouts relative to it, for a third and for two thirds of what it gains in the run. `area`
+    and `end`: differences of the mean and of the last accuracy. Where a seed never gets there, the run's length
+    stands for it, `reached` counts the others, and the mean is a lower bound.
     """
     start = base["accuracy"][:, 0]
     gain = base["accuracy"][:, -1] - start

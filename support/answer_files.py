@@ -1,8 +1,7 @@
 """The answers of an evaluation on disk, so that the same command goes on where it was stopped.
 
-A folder holds settings.json, what all of its answers depend on, and one NAME@K.jsonl for each benchmark. A
-line of it is one answer: `problem` (its number), `id` (of that problem), `sample` (0 to K - 1), `response`
-and more.
+A folder holds settings.json, what all of its answers depend on, and one NAME@K.jsonl for each benchmark. A line of
+it is one answer: `problem` (its number), `id` (of that problem), `sample` (0 to K - 1), `response` and more.
 """
 
 import hashlib
@@ -45,8 +44,7 @@ def choose_results_folder(out: str, settings: dict) -> Path:
 
 
 def answers_so_far(path: Path, ids: list[str], samples: int) -> dict[int, list[dict]]:
-    """The answers in `path` to problems that have all of theirs, by problem and in the order of the
-    samples.
+    """The answers in `path` to problems that have all of theirs, by problem and in the order of the samples.
 
     `ids` are those of the problems, in their order. ValueError if the file is about other problems.
     """

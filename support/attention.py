@@ -1,9 +1,9 @@
 """Attention over packed sequences without a mask: each token sees its own sequence, up to itself.
 
-transformers would make a mask of L x L for packed sequences, and scaled_dot_product_attention is slow with
-one. Here the borders of sequences are read from position_ids, which restart at 0 with each. On a GPU in bf16
-PyTorch's own variable-length kernel computes it. Elsewhere a loop over the sequences does, which says what the
-kernel has to compute (tests/test_attention.py).
+transformers would make a mask of L x L for packed sequences, and scaled_dot_product_attention is slow with one. Here
+the borders of sequences are read from position_ids, which restart at 0 with each. On a GPU in bf16 PyTorch's own
+variable-length kernel computes it. Elsewhere a loop over the sequences does, which says what the kernel has to
+compute (tests/test_attention.py).
 
 Letters: R rows of L tokens, S sequences, T = R * L tokens, H query heads, K key heads, D size of a head.
 """

@@ -6,8 +6,8 @@
         state.pt                all that the ranks share: sampler, stores, gauge, counts, settings
         manifest.json           the SHA-256 of every other file
 
-Two checkpoints are kept. One that is damaged is told from a whole one by its manifest, and the one before
-is taken. A checkpoint may come from a stranger: nothing of it is unpickled but data.
+Two checkpoints are kept. One that is damaged is told from a whole one by its manifest, and the one before is taken.
+A checkpoint may come from a stranger: nothing of it is unpickled but data.
 """
 
 import fcntl
@@ -50,8 +50,7 @@ warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or
 
 
 def choose_folder(cfg, parent: Path) -> Path:
-    """--out, or the first free out/MODEL-METHOD-sSEED; with --resume the newest of them that has a
-    checkpoint.
+    """--out, or the first free out/MODEL-METHOD-sSEED; with --resume the newest of them that has a checkpoint.
 
     ValueError for a folder that is no run's, that holds another run, or in which one is going on.
     """
@@ -99,8 +98,7 @@ def is_run(folder: Path) -> bool:
 
 
 def claim(folder: Path, cfg) -> Path:
-    """Makes the folder and locks it; takes the next free one, if another run has taken it since it was
-    chosen.
+    """Makes the folder and locks it; takes the next free one, if another run has taken it since it was chosen.
 
     For rank 0. Call `resume` first: it looks for a run that is there.
     """
@@ -122,9 +120,8 @@ held: dict[Path, object] = {}  # the open lock files of this process
 def lock(folder: Path) -> None:
     """Takes the folder for this process, for as long as it lives. ValueError if another one has it.
 
-    A record lock: the system drops it when the process dies, however it dies, and children do not inherit
-    it, so that none that outlives its parent keeps it. (Closing any other handle of the file would drop it,
-    too.)
+    A record lock: the system drops it when the process dies, however it dies, and children do not inherit it, so
+    that none that outlives its parent keeps it. (Closing any other handle of the file would drop it, too.)
     """
     if folder.resolve() in held:
         return
@@ -275,9 +272,8 @@ def newest(folder: Path) -> Path | None:
 def resume(run, free: set[str]) -> None:
     """Brings `run` to where its newest whole checkpoint was. free: settings that may have changed since.
 
-    Without any checkpoint, a run that was stopped before its first one starts anew. ValueError, in one
-    line, where there is no run, where another process is in it, and for every setting that matters and has
-    changed.
+    Without any checkpoint, a run that was stopped before its first one starts anew. ValueError, in one line, where
+    there is no run, where another process is in it, and for every setting that matters and has changed.
     """
     paths = ranks.from_main(checkpoints(run.folder / "checkpoints"))
     if not paths and not ranks.from_main(is_run(run.folder)):
@@ -411,8 +407,7 @@ def check_same(run, before: dict, digest: str, free: set[str]) -> None:
 
 
 class DataOnly(pickle.Unpickler):
-    """Unpickles what torch.distributed.checkpoint writes about a checkpoint, and refuses whatever else is
-    named.
+    """Unpickles what torch.distributed.checkpoint writes about a checkpoint, and refuses whatever else is named.
 
     torch reads it with a plain `pickle.load`, which runs any function that a pickle names.
     """

@@ -80,11 +80,9 @@ def flag(name: str) -> str:
 
 
 def parse(kind: type, argv: list[str], description: str, default=None) -> tuple[object, list[str]]:
-    """A `kind` (a dataclass whose trailing comments are its flags' help) from `argv`, and the names given
-    by hand.
+    """A `kind` (a dataclass whose trailing comments are its flags' help) from `argv`, and the names given by hand.
 
-    default: an instance whose values hold where no flag is given. A mistake ends the program with exit code
-    2.
+    default: an instance whose values hold where no flag is given. A mistake ends the program with exit code 2.
     """
     config = tyro.cli(kind, args=argv, description=description, default=default)
     names = [field.name for field in dataclasses.fields(kind)]

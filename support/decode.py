@@ -1,13 +1,12 @@
 """Sampling with transformers: answers to a batch of prompts, with a KV cache, token by token.
 
-It draws what the plain loop of 25 lines draws that lesson 1 shows: a forward pass over all answers, one
-token for each, until all have ended. It is quicker by one trick: **every distinct prefix is decoded once.**
-The n answers to a prompt are equal up to the token where they part, and reading equal tokens n times gives
-n equal rows of logits. So the batch that runs through the model has one row for each distinct prefix: one a
-prompt at first, and more as answers part. `row` says which of these rows each answer continues. After each
-token, equal pairs of (row, token) are joined; the KV cache is copied where a row has several successors,
-and dropped where it has none. Short answers over a small vocabulary, as in the embedded task, stay together
-for long. Long answers part early, and nothing is lost.
+It draws what the plain loop of 25 lines draws that lesson 1 shows: a forward pass over all answers, one token for
+each, until all have ended. It is quicker by one trick: **every distinct prefix is decoded once.** The n answers to a
+prompt are equal up to the token where they part, and reading equal tokens n times gives n equal rows of logits. So
+the batch that runs through the model has one row for each distinct prefix: one a prompt at first, and more as
+answers part. `row` says which of these rows each answer continues. After each token, equal pairs of (row, token) are
+joined; the KV cache is copied where a row has several successors, and dropped where it has none. Short answers over
+a small vocabulary, as in the embedded task, stay together for long. Long answers part early, and nothing is lost.
 """
 
 import numpy as np
@@ -17,8 +16,8 @@ import torch
 def sample(logits, noise, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
     """One token for each row, by inverting the cumulative distribution.
 
-    logits: [B, V], noise: [B] uniform in [0, 1) -> token [B] and its log-prob [B] in float32, under
-    softmax(logits / temperature). Temperature 0 is greedy, with log-probs at temperature 1.
+    logits: [B, V], noise: [B] uniform in [0, 1) -> token [B] and its log-prob [B] in float32, under softmax(logits /
+    temperature). Temperature 0 is greedy, with log-probs at temperature 1.
     """
     logprobs = torch.log_softmax(logits.float() / (temperature or 1.0), -1)
     if temperature == 0:
@@ -44,9 +43,9 @@ def sample_answers(
 ) -> tuple[list[torch.Tensor], list[torch.Tensor], list[bool]]:
     """`n` answers to each prompt in turn: their tokens, their log-probs, and whether they were truncated.
 
-    prompts: token ids, of different lengths. seeds: one for each answer, which alone decides its noise.
-    stop: the ids that end an answer, on the model's device. Returns len(prompts) * n tensors int32 [T], the
-    stop token inside, as many tensors float32 [T], and as many bools; all on the CPU.
+    prompts: token ids, of different lengths. seeds: one for each answer, which alone decides its noise. stop: the
+    ids that end an answer, on the model's device. Returns len(prompts) * n tensors int32 [T], the stop token inside,
+    as many tensors float32 [T], and as many bools; all on the CPU.
     """
     device = model.device
     size = len(prompts) * n

@@ -7,8 +7,8 @@ from support.state import Saved
 
 
 class Epochs(Saved):
-    """What all samplers share: the order of this epoch, how far it has come, and which prompts are in the
-    current batch.
+    """What all samplers share: the order of this epoch, how far it has come, and which prompts are in the current
+    batch.
 
     ValueError from `begin` if more different prompts are asked for than there are.
     """
@@ -26,9 +26,8 @@ class Epochs(Saved):
         self.replays: set[int] = set()  # those of them that replay brought back
 
     def begin(self, n: int, step: int) -> int:
-        """Starts the batch of `step`. Where more prompts are asked for in the same step (a refill), the
-        batch goes on, and none of its prompts is drawn twice. Returns how many of `n` prompts there is room
-        for."""
+        """Starts the batch of `step`. Where more prompts are asked for in the same step (a refill), the batch goes
+        on, and none of its prompts is drawn twice. Returns how many of `n` prompts there is room for."""
         if step != self.step:
             if not 0 < n <= len(self.order):
                 raise ValueError(f"{n} different prompts a step are asked for; there are {len(self.order)}")
@@ -48,9 +47,8 @@ class Epochs(Saved):
         return prompts
 
     def take_fresh(self, n: int, passes_over=None) -> list[int]:
-        """Puts the next n prompts of the epoch into the batch. One that is in it already, because replay
-        has brought it back, keeps its turn (but at the very end of an epoch), so that replay costs no
-        prompt its visit.
+        """Puts the next n prompts of the epoch into the batch. One that is in it already, because replay has brought
+        it back, keeps its turn (but at the very end of an epoch), so that replay costs no prompt its visit.
 
         passes_over: a function that says of a prompt whose turn it is whether it is left out this time."""
         chosen: list[int] = []

@@ -1,5 +1,5 @@
-"""What a run writes down: figures of each step, lines on the console, metrics.jsonl, samples.jsonl and
-their mirrors.
+"""What a run writes down: figures of each step, lines on the console, metrics.jsonl, samples.jsonl and their
+mirrors.
 
 A group here is any record with prompt, tokens, logprobs, truncated, rewards and `dead`, as replay.Group is.
 """
@@ -46,8 +46,8 @@ def append(path: Path, rows: list[dict]) -> None:
 def forget_after(path: Path, step: int) -> None:
     """Drops the rows that were written after the checkpoint at `step`, so that they are not there twice.
 
-    A last line that a kill or a full disk has torn is cut off. ValueError, in one line, for any other that
-    is no row.
+    A last line that a kill or a full disk has torn is cut off. ValueError, in one line, for any other that is no
+    row.
     """
     if not path.exists():
         return
@@ -87,12 +87,10 @@ def commit() -> str:
 
 
 def rollout_figures(groups: list, replays: set[int]) -> dict:
-    """What the answers generated in this step were like; `replays` are the prompts that the sampler brought
-    back.
+    """What the answers generated in this step were like; `replays` are the prompts that the sampler brought back.
 
-    Shares are of groups, `truncated` of answers. pass_rates_*: [G + 1] numbers of groups with 0 .. G right
-    answers. entropy: nats per token, estimated by -log mu of the sampled tokens at their temperature, dead
-    groups included.
+    Shares are of groups, `truncated` of answers. pass_rates_*: [G + 1] numbers of groups with 0 .. G right answers.
+    entropy: nats per token, estimated by -log mu of the sampled tokens at their temperature, dead groups included.
     """
     rewards = torch.stack([group.rewards for group in groups])  # [P, G]
     dead = torch.tensor([group.dead for group in groups]).float()
@@ -157,9 +155,9 @@ def pool_figures(sampler) -> dict:
 class Gauge(Saved):
     """How far a visit moves a prompt: the change of its pass rate from one visit to the next.
 
-    Visits by replay and by the epochs are kept apart. Replay pays where the change is small (lab/LOG.md),
-    so that a run can tell whether it does. Prompts are brought back for their measured rate, which luck is
-    part of: some of their change is luck going away.
+    Visits by replay and by the epochs are kept apart. Replay pays where the change is small (lab/LOG.md), so that a
+    run can tell whether it does. Prompts are brought back for their measured rate, which luck is part of: some of
+    their change is luck going away.
     """
 
     STATE = ("rate", "sums")
@@ -244,11 +242,10 @@ def write(run, row: dict, progress, groups: list) -> None:
 
 
 class Mirror:
-    """Copies of metrics.jsonl and samples.jsonl in TensorBoard and, synchronised from there, in Weights &
-    Biases.
+    """Copies of metrics.jsonl and samples.jsonl in TensorBoard and, synchronised from there, in Weights & Biases.
 
-    Without either it does nothing. ValueError, in one line, at once where a package is missing, and from
-    `start` where wandb cannot begin a run.
+    Without either it does nothing. ValueError, in one line, at once where a package is missing, and from `start`
+    where wandb cannot begin a run.
     """
 
     def __init__(self, project: str = "", tensorboard: bool = False):

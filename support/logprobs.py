@@ -18,11 +18,10 @@ import torch
 
 
 class _ChunkedLogProb(torch.autograd.Function):
-    """log-prob and entropy of targets from hidden states, a chunk of tokens at a time: [N, V] logits never
-    exist.
+    """log-prob and entropy of targets from hidden states, a chunk of tokens at a time: [N, V] logits never exist.
 
-    It equals torch.utils.checkpoint over log_softmax of each chunk (tests/test_logprobs.py has that version
-    as an oracle), at half of its time and memory, because the backward pass needs no second log_softmax.
+    It equals torch.utils.checkpoint over log_softmax of each chunk (tests/test_logprobs.py has that version as an
+    oracle), at half of its time and memory, because the backward pass needs no second log_softmax.
     """
 
     @staticmethod
@@ -62,11 +61,11 @@ class _ChunkedLogProb(torch.autograd.Function):
 
 
 def token_logprobs(hidden, weight, targets, temperature: float = 1.0, chunk: int | None = None):
-    """log-prob of `targets` [N] and entropy [N] of softmax(hidden [N, H] @ weight [V, H].T / temperature),
-    in float32. `chunk` tokens at a time; by default as many as make 128 MiB of logits (512 on a GPU).
+    """log-prob of `targets` [N] and entropy [N] of softmax(hidden [N, H] @ weight [V, H].T / temperature), in
+    float32. `chunk` tokens at a time; by default as many as make 128 MiB of logits (512 on a GPU).
 
-    Divided by the sampling temperature, because that is the distribution the answers were drawn from. The
-    entropy is for the log and carries no gradient.
+    Divided by the sampling temperature, because that is the distribution the answers were drawn from. The entropy is
+    for the log and carries no gradient.
     """
     if torch.is_autocast_enabled(hidden.device.type):
         # by hand, because autocast is off in the backward pass, and logits made anew in float32 would not fit
@@ -95,12 +94,10 @@ class MicroBatch:
 
 
 def pack(answers: list, tokens: int, row_length: int | None = None, device="cpu") -> list[MicroBatch]:
-    """Micro-batches of at most `tokens` tokens each (or one sequence, where one alone is longer), longest
-    first.
+    """Micro-batches of at most `tokens` tokens each (or one sequence, where one alone is longer), longest first.
 
-    Rows are no longer than the longest sequence unless `row_length` says so: attention without a
-    variable-length kernel costs rows * L^2, so that short rows are cheap, and several short sequences still
-    share a row.
+    Rows are no longer than the longest sequence unless `row_length` says so: attention without a variable-length
+    kernel costs rows * L^2, so that short rows are cheap, and several short sequences still share a row.
     """
     sizes = [len(answer.prompt) + len(answer.tokens) for answer in answers]
     order = sorted(range(len(answers)), key=lambda i: -sizes[i])  # longest first

@@ -11,8 +11,8 @@ from support.logprobs import has_varlen, pack
 def load_model(path: str, gradient_checkpointing: bool = False, device: str | None = None):
     """Model in float32 (bf16 weights do not move at lr 1e-6), tokenizer, and the ids that end an answer.
 
-    The model is on the GPU if there is one, but for several ranks on the CPU: sharding takes it from there
-    layer by layer, since it need not fit. ValueError, in one line, if no model can be loaded from `path`.
+    The model is on the GPU if there is one, but for several ranks on the CPU: sharding takes it from there layer by
+    layer, since it need not fit. ValueError, in one line, if no model can be loaded from `path`.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer, logging
 
@@ -67,8 +67,8 @@ def without_dropout(model) -> None:
 
 def use_varlen_attention(model, dtype: str = "bfloat16") -> bool:
     """On a GPU, in bf16, the model gets attention that needs no mask of L x L for packed sequences
-    (support/attention.py). Elsewhere, and in a model that does not know it, transformers' own choice stays.
-    Returns whether there is something new to check: a model that is still on its way to a GPU cannot run it."""
+    (support/attention.py). Elsewhere, and in a model that does not know it, transformers' own choice stays. Returns
+    whether there is something new to check: a model that is still on its way to a GPU cannot run it."""
     if dtype != "bfloat16" or not torch.cuda.is_available():
         return False
     if torch.cuda.get_device_capability() < (8, 0) or not attention.knows(model.config):
@@ -104,8 +104,8 @@ def check_policy(policy) -> None:
 def make_optimizer(trained: torch.nn.Module, cfg, working=None) -> torch.optim.Optimizer:
     """AdamW over the float32 weights of `trained`: in bf16 a weight does not move at lr 1e-6.
 
-    working: the module that has the gradients, where that is not `trained` itself (support/offload.py).
-    ValueError if torchao is missing.
+    working: the module that has the gradients, where that is not `trained` itself (support/offload.py). ValueError
+    if torchao is missing.
     """
     settings = {"lr": cfg.lr, "betas": cfg.betas, "weight_decay": cfg.weight_decay}
     if working is not None and working is not trained:

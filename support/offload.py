@@ -1,8 +1,8 @@
 """Float32 weights and AdamW in host memory, for one GPU that has no room for them: `--offload`.
 
-The GPU holds what a pass computes with. Weights of linear layers are in bf16 there, as autocast would cast
-them anyway; all others (embedding, norms) and all gradients are in float32. So nothing is rounded that was not
-rounded before, and a run with offload is the run without, bit for bit (tests/test_offload.py).
+The GPU holds what a pass computes with. Weights of linear layers are in bf16 there, as autocast would cast them
+anyway; all others (embedding, norms) and all gradients are in float32. So nothing is rounded that was not rounded
+before, and a run with offload is the run without, bit for bit (tests/test_offload.py).
 
 Bytes a parameter: 6 and a little on the GPU instead of 16, and 12 in host memory instead of none.
 """
@@ -99,8 +99,8 @@ def cpu_threads(count: int):
 class HostAdamW(torch.optim.AdamW):
     """AdamW on `masters`, float32 weights in host memory, by the gradients of `working`, their working copy.
 
-    It is saved and loaded as any AdamW over `masters`. A step leaves no gradients, and brings the working copy
-    up to date. It takes one parameter at a time, so that only one gradient is ever in host memory.
+    It is saved and loaded as any AdamW over `masters`. A step leaves no gradients, and brings the working copy up to
+    date. It takes one parameter at a time, so that only one gradient is ever in host memory.
     """
 
     def __init__(self, masters: torch.nn.Module, working: torch.nn.Module, threads: int = 0, **settings):

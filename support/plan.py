@@ -1,14 +1,12 @@
-"""What a run will need, before it is started: `python train.py ... --dry-run`. No GPU, no weights, only
-config.json.
+"""What a run will need, before it is started: `python train.py ... --dry-run`. No GPU, no weights, only config.json.
 
     python train.py --model Qwen/Qwen3-8B --replay --dry-run                  against the GPUs that are found
     python train.py --model Qwen/Qwen3-8B --replay --dry-run --gpus 8x80      against 8 of 80 GB
 
-The number of parameters is exact: the model is built without storage. Memory is an estimate by the formulas
-below, for each GPU, in three phases that do not coincide: at start-up weights arrive, sharded a layer at a
-time; in rollouts the engine has bf16 weights of its own and its KV cache, and there are no gradients; in
-the update the engine sleeps, and either the end of the forward pass or the backward pass needs most. Dense
-models, bytes:
+The number of parameters is exact: the model is built without storage. Memory is an estimate by the formulas below,
+for each GPU, in three phases that do not coincide: at start-up weights arrive, sharded a layer at a time; in
+rollouts the engine has bf16 weights of its own and its KV cache, and there are no gradients; in the update the
+engine sleeps, and either the end of the forward pass or the backward pass needs most. Dense models, bytes:
 
     weights 4 P/N    gradients 4 P/N    AdamW 8 P/N, in 8 bits 2.1 P/N    engine 2 P    KV 4 K a token and layer
     masters on the host: there 12 P, 12.9 P at its peak; on the GPU weights 2 U + 4 (P - U), gradients 4 P
@@ -18,9 +16,9 @@ models, bytes:
     of the mask, and half of it for gradients on the way; with checkpointing 4 T H, and A for one layer only
     head: 14 x 2^27 for a chunk of logits, 8 T H, and 6 V H for its gradient before it is added
 
-P parameters, U of them in linear layers that share no weight with an embedding, N GPUs, H hidden size, Q =
-heads x head size, K = KV heads x head size, I size of the MLP, V vocabulary, T tokens of a micro-batch, L
-of the longest sequence.
+P parameters, U of them in linear layers that share no weight with an embedding, N GPUs, H hidden size, Q = heads x
+head size, K = KV heads x head size, I size of the MLP, V vocabulary, T tokens of a micro-batch, L of the longest
+sequence.
 """
 
 import contextlib
@@ -231,8 +229,7 @@ def engine_memory(s: dict, cfg, count: int) -> dict[str, float]:
 
 
 def kv_cache(s: dict, cfg, gpu: float, held: float) -> dict[str, float]:
-    """Bytes a token, in the pool and for all answers of a step at once; and how many whole answers the pool
-    holds.
+    """Bytes a token, in the pool and for all answers of a step at once; and how many whole answers the pool holds.
 
     held: bytes of the GPU that the trainer has when the engine takes its share.
     """
@@ -262,11 +259,9 @@ def kv_cache(s: dict, cfg, gpu: float, held: float) -> dict[str, float]:
 
 
 def plan(s: dict, cfg, count: int = 1, gpu: float = 0.0, host: float = 0.0, place: str = "") -> dict:
-    """Memory of each of `count` GPUs of `gpu` bytes, phase by phase, and of the host of `host` bytes (0:
-    not known).
+    """Memory of each of `count` GPUs of `gpu` bytes, phase by phase, and of the host of `host` bytes (0: not known).
 
-    s: from `shape`. place: where the float32 weights and AdamW's moments are kept, as `choose` says. All in
-    bytes.
+    s: from `shape`. place: where the float32 weights and AdamW's moments are kept, as `choose` says. All in bytes.
     """
     reason = ""
     if not place:
@@ -317,8 +312,7 @@ def plan(s: dict, cfg, count: int = 1, gpu: float = 0.0, host: float = 0.0, plac
 
 
 def choose(s: dict, cfg, count: int, gpu: float, host: float) -> tuple[str, str]:
-    """Where the float32 weights and AdamW's moments are kept: "gpu", "host" or "sharded"; and why, in one
-    line.
+    """Where the float32 weights and AdamW's moments are kept: "gpu", "host" or "sharded"; and why, in one line.
 
     ValueError for --offload on where it cannot be meant.
     """

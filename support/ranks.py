@@ -1,12 +1,11 @@
-"""Several GPUs and machines: who this process is, and how ranks agree. With one process, everything here
-does nothing.
+"""Several GPUs and machines: who this process is, and how ranks agree. With one process, everything here does
+nothing.
 
     torchrun --nproc-per-node 8 train.py ...
     torchrun --nnodes 2 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST:29500 train.py ...
 
-Samplers and stores are replicated: every rank makes the same draw from the same state, generates and scores
-its slice of the prompts with an engine of its own, and is handed everyone's groups. The trainer is sharded
-by FSDP2.
+Samplers and stores are replicated: every rank makes the same draw from the same state, generates and scores its
+slice of the prompts with an engine of its own, and is handed everyone's groups. The trainer is sharded by FSDP2.
 """
 
 import os

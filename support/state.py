@@ -56,8 +56,7 @@ def packed(value):
 class Store(deque):
     """Groups of answers, oldest first; the oldest fall out beyond `maxlen`. `kind` is the class of a group.
 
-    Its state is a few flat tensors, 8 bytes a token, and not thousands of small ones: quick to write and to
-    read.
+    Its state is a few flat tensors, 8 bytes a token, and not thousands of small ones: quick to write and to read.
     """
 
     def __init__(self, kind: type, maxlen: int | None = None):

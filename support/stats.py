@@ -1,15 +1,14 @@
 """Estimates from benchmarks and how sure they are; two results side by side.
 
-The problems are the clusters (Miller, 2411.00640). Answers to one problem are not independent. So each
-problem gives one value, the share of its answers that are right, and the standard error is that of a mean
-over them. (If 30 problems with 32 answers each were taken for 960 independent answers, the interval would
-cover the truth one time in three.)
+The problems are the clusters (Miller, 2411.00640). Answers to one problem are not independent. So each problem gives
+one value, the share of its answers that are right, and the standard error is that of a mean over them. (If 30
+problems with 32 answers each were taken for 960 independent answers, the interval would cover the truth one time in
+three.)
 
-Intervals of accuracies are Wilson's, with a t quantile, at the number of independent answers that the
-standard error amounts to. Near 0 and 1 the plain t interval covers too little. (In simulations with 30
-problems, U-shaped pass rates and 1 or 32 answers ours covers 0.94 to 0.97. Where nearly no problem is ever
-solved, at a mean of 0.05, it covers 0.87 to 0.94, and plain t 0.78 to 0.87.) Two models are compared
-problem by problem.
+Intervals of accuracies are Wilson's, with a t quantile, at the number of independent answers that the standard error
+amounts to. Near 0 and 1 the plain t interval covers too little. (In simulations with 30 problems, U-shaped pass
+rates and 1 or 32 answers ours covers 0.94 to 0.97. Where nearly no problem is ever solved, at a mean of 0.05, it
+covers 0.87 to 0.94, and plain t 0.78 to 0.87.) Two models are compared problem by problem.
 """
 
 import json
@@ -129,8 +128,8 @@ def majority_vote(right: list[bool], spellings: list[str]) -> float:
 def accuracies(right: list[list[bool]], spellings: list[list[str]], pass_at: tuple[int, ...]) -> dict:
     """What results.json says of the accuracy on a benchmark.
 
-    `right` and `spellings` have one list for each problem, with as many answers each; "" is no answer.
-    `pass_at` has each k of pass@k.
+    `right` and `spellings` have one list for each problem, with as many answers each; "" is no answer. `pass_at` has
+    each k of pass@k.
     """
     # how much avg@k would vary with the seed: less than its error, which is about other problems too
     seed_sd = None
@@ -164,9 +163,8 @@ def mcnemar(b: int, c: int) -> float:
 def difference(mean: float, se: float, df: int, n: int) -> dict:
     """A mean paired difference over `n` problems, with its t interval (`low` to `high`) and p value.
 
-    `needed` is how many problems of this kind show a difference as large; None where there is no
-    difference. `seen` is the smallest difference that `n` problems show. "Show" means: p < 0.05 in 80 % of
-    comparisons.
+    `needed` is how many problems of this kind show a difference as large; None where there is no difference. `seen`
+    is the smallest difference that `n` problems show. "Show" means: p < 0.05 in 80 % of comparisons.
     """
     half = t_quantile(df) * se
     if se > 0:
@@ -386,8 +384,7 @@ def compare_results(a: dict, b: dict, paths: tuple[str, str]) -> str:
 
 
 def by_seed(values: list[float]) -> dict:
-    """Mean of paired differences, one for each seed, with 95 % interval and two-sided p value (Student's
-    t).
+    """Mean of paired differences, one for each seed, with 95 % interval and two-sided p value (Student's t).
 
     The mean of a single difference has no interval.
     """

@@ -106,8 +106,8 @@ RESERVE = 4 * GIB
 def share_left(model, sleeps: bool) -> float:
     """The share of this GPU that the trainer of `model` leaves to vLLM. None: nobody trains.
 
-    vLLM's share is one of the whole GPU, and what the trainer holds does not count against it. ValueError
-    if nothing is left, or if it cannot be known because the engine does not sleep during the update.
+    vLLM's share is one of the whole GPU, and what the trainer holds does not count against it. ValueError if nothing
+    is left, or if it cannot be known because the engine does not sleep during the update.
     """
     if model is not None and not sleeps:
         raise ValueError(
@@ -130,8 +130,8 @@ def share_left(model, sleeps: bool) -> float:
 def trainer_to_come(model) -> int:
     """Bytes that the trainer of `model` will yet put on this GPU, and hold while answers are generated.
 
-    The engine starts before the first update has made AdamW's moments, and over several ranks before the
-    weights have been sharded. Moments of eight bits are counted as whole ones.
+    The engine starts before the first update has made AdamW's moments, and over several ranks before the weights
+    have been sharded. Moments of eight bits are counted as whole ones.
     """
     weights = [weight for weight in model.parameters() if weight.requires_grad]
     # Where the trainer computes with bf16 weights, the float32 masters and all moments are kept on the host.
@@ -164,8 +164,8 @@ def trainer_untouched():
     """Puts back what vLLM changes in this process while the block runs.
 
     1. It seeds the global random generators, and draws from them.
-    2. On a GPU it sets PyTorch to one CPU thread (vllm#49919), on which an optimiser on the host would
-       crawl. On a CPU it replaces `torch.set_num_threads` by a function that does nothing.
+    2. On a GPU it sets PyTorch to one CPU thread (vllm#49919), on which an optimiser on the host would crawl. On a
+       CPU it replaces `torch.set_num_threads` by a function that does nothing.
     3. On a CPU it sets environment variables that child processes would inherit.
     """
     global _engine_threads
@@ -197,8 +197,8 @@ def trainer_untouched():
 def repack_tied_head(model) -> None:
     """Renews the packed copy of an output layer that is tied to the embedding. `model` is vLLM's.
 
-    On a CPU vLLM computes with packed copies of the weights. Its reload renews all of them but this one, so
-    that the output layer would go on with the old weights. Elsewhere this does nothing.
+    On a CPU vLLM computes with packed copies of the weights. Its reload renews all of them but this one, so that the
+    output layer would go on with the old weights. Elsewhere this does nothing.
     """
     head = getattr(model, "lm_head", None)
     embedding = getattr(getattr(model, "model", None), "embed_tokens", None)
@@ -218,8 +218,8 @@ def explain(error: Exception) -> str:
 class Peers:
     """The ranks that share one engine: neighbours, as many as its tensor_parallel_size.
 
-    vLLM wants the same requests from each of them. So each asks for the prompts of all, and keeps the
-    answers to its own. Where every rank has an engine to itself, nothing happens here.
+    vLLM wants the same requests from each of them. So each asks for the prompts of all, and keeps the answers to its
+    own. Where every rank has an engine to itself, nothing happens here.
     """
 
     def __init__(self, size: int):

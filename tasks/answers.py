@@ -1,13 +1,13 @@
-r"""Are two answers equal? `equal(gold, answer)`. Rules 4 and 5 of reward.py. grader.py runs this file in
-its children.
+r"""Are two answers equal? `equal(gold, answer)`. Rules 4 and 5 of reward.py. grader.py runs this file in its
+children.
 
-Lists, tuples, intervals and relations are taken apart here; then math-verify's LaTeX reader turns each
-expression into sympy's, and the difference of two is evaluated to 600 digits.
+Lists, tuples, intervals and relations are taken apart here; then math-verify's LaTeX reader turns each expression
+into sympy's, and the difference of two is evaluated to 600 digits.
 
 Known limits. Right but scored 0: overlapping unions, `\mathbb{R} \setminus`, odd roots of negative numbers,
-`\cdots`, 50% for 1/2, `\mathbb{R}` as an interval. Too kind: words after a number are its unit, and few
-units are compared; formulas with variables are compared at random real points (`\sqrt{x}^2` is x); `2e-1`
-is 0.2; "and" and "or" are both a comma; all `\pm` go together; `100,200` may be a list or a number.
+`\cdots`, 50% for 1/2, `\mathbb{R}` as an interval. Too kind: words after a number are its unit, and few units are
+compared; formulas with variables are compared at random real points (`\sqrt{x}^2` is x); `2e-1` is 0.2; "and" and
+"or" are both a comma; all `\pm` go together; `100,200` may be a list or a number.
 """
 
 import json
@@ -46,8 +46,7 @@ def matching_braces(text: str, start: int = 0) -> dict[int, int]:
 
 
 def spell_out(text: str) -> str:
-    r"""The text in unicode's compatible form (NFKC), but `2⁵` as 2^{5}, `x₁` as x_{1} and `½` as
-    \frac{1}{2}.
+    r"""The text in unicode's compatible form (NFKC), but `2⁵` as 2^{5}, `x₁` as x_{1} and `½` as \frac{1}{2}.
 
     NFKC alone would make 25, x1 and 1⁄2 of them.
     """
@@ -578,9 +577,8 @@ def expression(text: str):
 
 
 def agree(x, y) -> bool:
-    """Equal at random points, those where both are real: near zero, then far from it; at whole numbers for
-    steps such as floor(n/2), and where nothing was real, as (-1)^n. To more digits than an answer can
-    hold."""
+    """Equal at random points, those where both are real: near zero, then far from it; at whole numbers for steps
+    such as floor(n/2), and where nothing was real, as (-1)^n. To more digits than an answer can hold."""
     from sympy import I, Rational, ceiling, floor
 
     names = sorted((x - y).free_symbols, key=str)

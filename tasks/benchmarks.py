@@ -8,9 +8,8 @@ r"""Six maths benchmarks, and files like them: what is asked and what is right.
     olympiad         674 of OlympiadBench (text, English), 4 answers. Several answers must all match, in any
                      order. Where the column `error` states a tolerance, plain numbers may be off by so much.
 
-Where the gold is a list (some copies of Minerva), one member must match. Benchmarks are pinned to revisions
-of the hub that several public projects pin. (They are those projects' word; we have not compared them with
-the hub.)
+Where the gold is a list (some copies of Minerva), one member must match. Benchmarks are pinned to revisions of the
+hub that several public projects pin. (They are those projects' word; we have not compared them with the hub.)
 """
 
 import hashlib
@@ -46,8 +45,8 @@ class Problem:
 def plain(rows: list[dict], where: str, problem_column=None, answer_column=None) -> list[Problem]:
     """Problems of MATH-500, Minerva and local files.
 
-    `where` names the rows in messages. The columns are found by themselves if they have usual names.
-    ValueError says which row or column is wrong.
+    `where` names the rows in messages. The columns are found by themselves if they have usual names. ValueError says
+    which row or column is wrong.
     """
     pairs = data.from_rows(rows, where, problem_column, answer_column)
     column = data.pick_column(rows[0], answer_column, data.ANSWER_COLUMNS, "--answer-column", where)
@@ -131,8 +130,8 @@ BENCHMARKS = {
 def load(name: str, revisions: dict[str, str], columns=(None, None)) -> tuple[str, list[Problem], dict]:
     """Short name, problems and source of `aime24`, of its copy `aime24=FILE`, of `FILE`, or of `embedded`.
 
-    `revisions` (name -> hash) replaces pinned ones. `columns` are those of problem and answer in files, if
-    they have no usual name. ValueError or OSError says in one line what cannot be read.
+    `revisions` (name -> hash) replaces pinned ones. `columns` are those of problem and answer in files, if they have
+    no usual name. ValueError or OSError says in one line what cannot be read.
     """
     known, _, copy = name.partition("=")
     if name == "embedded":

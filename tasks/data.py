@@ -1,8 +1,6 @@
-r"""Training prompts: known maths sets, any other of Hugging Face, and local files (tiny.py has the embedded
-task).
+r"""Training prompts: known maths sets, any other of Hugging Face, and local files (tiny.py has the embedded task).
 
-A prompt is text (or chat messages), its token ids as the model will see them, made once, here, and a gold
-answer.
+A prompt is text (or chat messages), its token ids as the model will see them, made once, here, and a gold answer.
 
     python train.py                                            # the embedded task
     python train.py --model ID --data polaris                  # or dolci, dapo, gsm8k, math: see SOURCES
@@ -12,10 +10,10 @@ answer.
     python train.py --model ID --data train.jsonl              # one JSON object a line: {"problem": ...,
     "answer": ...}
 
-Problems that are the same after `normal` are one: the first is kept, and none of the evaluation sets; all
-are counted. Known sets are read at the revisions in SOURCES, as several public projects pin them (we have
-not compared them with the hub); without one, the newest, or --data-options. Whatever the hub does,
-`fingerprint` tells what was used.
+Problems that are the same after `normal` are one: the first is kept, and none of the evaluation sets; all are
+counted. Known sets are read at the revisions in SOURCES, as several public projects pin them (we have not compared
+them with the hub); without one, the newest, or --data-options. Whatever the hub does, `fingerprint` tells what was
+used.
 """
 
 import csv
@@ -294,11 +292,10 @@ def from_rows(
     source: Source | None = None,
     left_out: Counter | None = None,
 ) -> list[Pair]:
-    """(problem, answer) pairs. ValueError names the row whose problem or answer is missing, empty or too
-    long.
+    """(problem, answer) pairs. ValueError names the row whose problem or answer is missing, empty or too long.
 
-    With a Counter `left_out`, for data that is not the user's own, such a row is left out and counted, and
-    wrappers are taken off. `source` says which columns there are.
+    With a Counter `left_out`, for data that is not the user's own, such a row is left out and counted, and wrappers
+    are taken off. `source` says which columns there are.
     """
     problems = source.problem if source else PROBLEM_COLUMNS
     answers = source.answer if source else ANSWER_COLUMNS
@@ -551,9 +548,9 @@ def split(pairs: list[Pair], held_out: int, seed: int = 0) -> tuple[list[Pair], 
 def encode(pairs: list[Pair], tokenizer, max_tokens: int, thinking: bool | None = None) -> tuple[list[Prompt], int]:
     """Prompts with token ids, and how many were left out for being longer than `max_tokens` (never cut).
 
-    With a chat template text is put to it with INSTRUCTION, unless it asks for a box itself; messages are
-    put to it as they are. Without one, text goes as it is. `thinking` is the template's enable_thinking;
-    None: its own default.
+    With a chat template text is put to it with INSTRUCTION, unless it asks for a box itself; messages are put to it
+    as they are. Without one, text goes as it is. `thinking` is the template's enable_thinking; None: its own
+    default.
     """
     template = str(tokenizer.chat_template or "")
     # Without return_dict=False transformers 5 returns a BatchEncoding, whose length is its number of keys.

@@ -1,8 +1,8 @@
 """Child processes that judge answers: `Grader.judge`. They run answers.py, and they can be killed.
 
-sympy may need an hour for a short formula, and no thread and no exception can stop it. So a child judges
-each answer. A child counts its own processor time and dies when an answer has had its share (answers.py),
-however busy the machine.
+sympy may need an hour for a short formula, and no thread and no exception can stop it. So a child judges each
+answer. A child counts its own processor time and dies when an answer has had its share (answers.py), however busy
+the machine.
 """
 
 import json
@@ -146,9 +146,8 @@ class Grader:
                 self.pool = ThreadPoolExecutor(self.workers, "grader")
 
     def judge(self, pairs: Counter) -> dict[tuple[str, str], str]:
-        """The verdict on each pair, where `pairs` says how many responses gave it. VerifierBroken if the
-        children fail on more than the share BROKEN of the responses that need one, and these are 20 or
-        more."""
+        """The verdict on each pair, where `pairs` says how many responses gave it. VerifierBroken if the children
+        fail on more than the share BROKEN of the responses that need one, and these are 20 or more."""
         verdicts = self.recall(pairs)
         new = Counter({pair: count for pair, count in pairs.items() if pair not in verdicts})
         if not new:

@@ -1,17 +1,15 @@
-"""The embedded model and task: a small Qwen3 in ordinary Hugging Face format, made in about a minute on a
-CPU.
+"""The embedded model and task: a small Qwen3 in ordinary Hugging Face format, made in about a minute on a CPU.
 
-    python tiny.py --out tiny-model
-    python tiny.py --out tiny-model-none --sharing none
+    python -m tasks.tiny --out tiny-model
+    python -m tasks.tiny --out tiny-model-none --sharing none
 
-It is taught by an error-prone pupil, so that it stands where a pretrained language model stands before RL:
-it can do the task, but not reliably. Each digit fact (op, a, b) has a fixed error rate, drawn once (half 0,
-some 0.5, a third 0.9), and a fixed wrong digit; the model learns both habits. A prompt's pass rate is then
-the product of (1 - error rate) over its columns, which is U-shaped over prompts as it is for real models:
-many are never solved, some always. GRPO has to turn the habits over.
+It is taught by an error-prone pupil, so that it stands where a pretrained language model stands before RL: it can do
+the task, but not reliably. Each digit fact (op, a, b) has a fixed error rate, drawn once (half 0, some 0.5, a third
+0.9), and a fixed wrong digit; the model learns both habits. A prompt's pass rate is then the product of (1 - error
+rate) over its columns, which is U-shaped over prompts as it is for real models: many are never solved, some always.
+GRPO has to turn the habits over.
 
-A worked answer writes digit and carry of each column from the right, then the result: 2440+2914=
-40503150=05354.
+A worked answer writes digit and carry of each column from the right, then the result: 2440+2914= 40503150=05354.
 
 What one prompt teaches about others decides whether replay pays (LOG.md), so it can be chosen, `--sharing`:
 
@@ -181,9 +179,9 @@ def make_pupil(sharing: str) -> Pupil | Rote:
 
 
 def problems(sharing: str, held_out: int, difficulty=(0.0, 1.0), most: int = 0) -> tuple[list, list]:
-    """Training and held-out (question, answer) pairs of the embedded task: those whose pass rate under the
-    pupil, about the model's at the start, is within `difficulty`; at most 2000 to train on, or `most`.
-    Where no prompt teaches another nothing can be held out: there the second list is part of the first."""
+    """Training and held-out (question, answer) pairs of the embedded task: those whose pass rate under the pupil,
+    about the model's at the start, is within `difficulty`; at most 2000 to train on, or `most`. Where no prompt
+    teaches another nothing can be held out: there the second list is part of the first."""
     pupil, (low, high) = make_pupil(sharing), difficulty
     if sharing == "none":
         pairs = [pair for pair in pupil.gold.items() if low <= pupil.pass_rate(pair[0]) <= high][: most or None]

@@ -1,0 +1,118 @@
+"""The form of the project: what stands in the root, what may import what, how long and dense the six scripts are."""
+
+import ast
+import io
+import sys
+import tokenize
+
+import pytest
+
+import train
+from support.config import ROOT
+
+SCRIPTS = ("train", "replay", "rollout", "reward", "grpo", "eval")
+FOLDERS = ("tasks", "support", "lab", "tests", "docs")
+FILES = ("test_replay.py", "README.md", "LICENSE", "CONTRIBUTING.md", "pyproject.toml")
+
+
+def source(name: str) -> str:
+    return (ROOT / f"{name}.py").read_text()
+
+
+def imported(tree: ast.AST) -> set[str]:
+    """The first words of all modules that a file imports, inside of functions too."""
+    names = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names.add(node.module.split(".")[0])
+    return names
+
+
+def comment_lines(text: str) -> int:
+    found = 0
+    for token in tokenize.generate_tokens(io.StringIO(text).readline):
+        found += token.type == tokenize.COMMENT and not token.line[: token.start[1]].strip()
+    return found
+
+
+def test_the_root_holds_the_six_scripts_and_little_else():
+    wanted = {f"{name}.py" for name in SCRIPTS} | set(FILES) | set(FOLDERS)
+    wanted |= {"requirements.txt", "requirements-cpu.txt"}
+    there = {path.name for path in ROOT.iterdir() if not path.name.startswith((".", "__"))} - {"out"}
+    assert there == wanted
+
+
+def test_scripts_are_short_enough_to_be_read_in_one_sitting():
+    lines = {name: len(source(name).splitlines()) for name in SCRIPTS}
+    nodes = 0
+    for name in SCRIPTS:
+        for node in ast.walk(ast.parse(source(name))):
+            nodes += not isinstance(node, ast.Load | ast.Store | ast.Del)
+    assert max(lines.values()) <= 400 and sum(lines.values()) <= 2000 and nodes <= 11_000
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_no_function_is_longer_than_a_screen(name):
+    for node in ast.walk(ast.parse(source(name))):
+        if isinstance(node, ast.FunctionDef):
+            assert node.end_lineno - node.lineno < 60, node.name
+
+
+def test_paragraphs_are_opened_by_comments_and_lines_are_not_long():
+    texts = [source(name) for name in SCRIPTS]
+    comments = sum(comment_lines(text) for text in texts)
+    lines = [line for text in texts for line in text.splitlines()]
+    assert comments >= 0.04 * len(lines)
+    assert sum(len(line) > 110 for line in lines if '"""' not in line) <= 0.06 * len(lines)
+    assert not [line for line in lines if "fmt: skip" in line or "fmt: off" in line]
+
+
+@pytest.mark.parametrize("folder", ["support", "tasks"])
+def test_support_and_tasks_know_nothing_of_the_scripts(folder):
+    for path in (ROOT / folder).glob("*.py"):
+        assert not imported(ast.parse(path.read_text())) & {*SCRIPTS, "lab", "tests"}, path.name
+
+
+def test_support_knows_nothing_of_tasks_and_scripts_nothing_of_the_lab():
+    for path in (ROOT / "support").glob("*.py"):
+        assert "tasks" not in imported(ast.parse(path.read_text())), path.name
+    for name in SCRIPTS:
+        assert "lab" not in imported(ast.parse(source(name))), name  # METHODS names its rules, for --replay alone
+
+
+def test_a_step_of_replay_goes_through_few_functions_and_files(tmp_path):
+    calls = []
+    marks = []
+
+    def note(frame, event, _):
+        code = frame.f_code
+        if event == "call" and code.co_filename.startswith(str(ROOT)) and not code.co_name.startswith("<"):
+            if code.co_qualname == "PromptReplay.draw":
+                marks.append(len(calls))
+            calls.append((code.co_filename, code.co_qualname))
+
+    flags = [
+        "--replay",
+        "--steps",
+        "6",
+        "--prompts-per-step",
+        "8",
+        "--answers-per-prompt",
+        "4",
+        "--eval-every",
+        "0",
+        "--cooldown",
+        "2",
+        "--out",
+        str(tmp_path / "run"),
+    ]
+    sys.setprofile(note)
+    try:
+        assert train.main(flags) == 0
+    finally:
+        sys.setprofile(None)
+    step = calls[marks[-2] : marks[-1]]
+    changes = sum(before[0] != after[0] for before, after in zip(step, step[1:], strict=False))
+    assert len(set(step)) <= 50 and changes <= 28

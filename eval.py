@@ -55,7 +55,7 @@ class Config:
     pass_at: tuple[int, ...] = ()  # each k of pass@k; without it 1 4 8 16 32, as far as there are answers
     temperature: float = 0.6  # 0 is greedy (embedded: 1)
     max_tokens: int = 7168  # of an answer, as in training (embedded: 15)
-    thinking: bool = False  # enable_thinking of the chat template; without either its own default
+    thinking: bool = False  # enable_thinking of the chat template; with neither flag the template decides
     seed: int = 0  # of sampling
     engine: Literal["auto", "vllm", "transformers"] = "auto"  # auto: vLLM on a GPU that has it
     gpu_memory: float = 0.9  # vLLM: its share of the GPU
@@ -240,7 +240,8 @@ def run(cfg: Config, folder: Path, tasks: list[Task], engine, tokenizer, setting
 
 
 def settled(cfg: Config, given: list[str]) -> Config:
-    """`cfg` with what is usual for what was not `given`. ValueError if a setting is out of its range."""
+    """`cfg` with the defaults that depend on the benchmarks, where a setting was not `given`. ValueError for one
+    that is out of its range."""
     # All six benchmarks for a model, the embedded one for the embedded model.
     benchmarks = cfg.benchmarks
     if not benchmarks:

@@ -96,8 +96,8 @@ def token_weights(
 ) -> torch.Tensor:
     """What each token's loss is multiplied by: [S], the weight of every token of an answer, times its count.
 
-    lengths: [S] tokens of ALL answers that one optimiser step trains on (no dead groups, no masked answers), over all
-    micro-batches and ranks. counts: [S] how many equal answers each stands for. With S the number of answers:
+    lengths: [S] tokens of ALL answers that one optimiser step trains on (no dead groups, no masked answers), over
+    all micro-batches and ranks. counts: [S] how many equal answers each stands for. With S the number of answers:
 
     token     1 / all tokens                DAPO's token mean
     sequence  1 / (S * own length)          original GRPO: mean per answer, then over answers
@@ -205,7 +205,7 @@ class Policy(torch.nn.Module):
     def __init__(self, model, dtype: str = "float32"):
         super().__init__()
         self.model = model
-        self.dtype = getattr(torch, dtype)  # of computation; the weights are float32
+        self.dtype = getattr(torch, dtype)  # of computation
 
     def pack(self, answers: list[Answer], tokens: int) -> list[MicroBatch]:
         """Micro-batches of at most `tokens` tokens, on the policy's device."""
@@ -281,9 +281,9 @@ def update(policy: Policy, optimizer, answers: list[Answer], cfg, step: int, ref
     micro-batches of bounded size, the KL to `reference` included where there is one. Returns figures over all
     tokens.
 
-    FloatingPointError if the gradient is not finite; the weights have not moved then.
+    FloatingPointError if a gradient is not finite; its optimiser step is not taken.
     """
-    # What to do, and pi_old, where the policy will have moved before all of it is done.
+    # The work of each optimiser step, and pi_old if there are several: the policy moves between them.
     policy.train()
     work = plan_work(policy, answers, cfg, step)
     if len(work) * cfg.epochs > 1:
@@ -316,7 +316,7 @@ def microbatch_loss(policy: Policy, reference, part: Work, number: int, cfg, sum
     micro = part.micros[number]
     logprob, entropy = policy(micro, cfg.temperature)  # [N] each
     if not micro.sequences:
-        return logprob.sum()  # nothing, but with a gradient to send through the sharded model
+        return logprob.sum()  # zero; its backward pass keeps the sharded ranks in step
 
     # One entry a token, from one an answer.
     rows = [part.answers[i] for i in micro.sequences]

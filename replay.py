@@ -19,7 +19,7 @@ A store decides what is trained on besides the useful groups of a step. It keeps
     learn(trained)                                      the figures of the update that followed
 
 All have `figures` for the log, and `state_dict` and `load_state_dict`, random generators included. Their keyword
-arguments are the flags of the same names. Baselines, ablations and our own rules stand in lab/rules.py.
+arguments are set from the flags of the same names. Baselines, ablations and our own rules stand in lab/rules.py.
 """
 
 from dataclasses import dataclass, replace
@@ -86,7 +86,7 @@ class PromptReplay(Uniform):
 
     1. Up to floor(share * P) prompts of a batch may be prompts whose latest pass rate lies in `band`, ends included,
     2. which were last used `cooldown` steps ago or more, and have come back fewer than `max_reuse` times.
-    3. The nearest to one half come first; of equally near ones the harder, the less reused, the smaller number.
+    3. The nearest to one half come first; ties (as in the authors' code): harder, less reused, smaller number.
     4. All other places go to the next prompts of the epoch.
 
     Why one half: the expected squared gradient of a prompt goes with p(1-p), which is largest there.
@@ -149,10 +149,10 @@ class Prioritized(Uniform):
     3. A prompt whose latest group is all right or all wrong waits in a pool, the solved or the unsolved one.
     4. Every `retest_every` steps a batch is made of the pools, longest untested first: `retest_solved` of it from
        the solved ones (the paper's 1 of 4), the rest from the unsolved; a mixed group brings a prompt back.
-    5. With chance `explore` a whole batch is drawn at random.
+    5. In any other step a whole batch is drawn at random, with chance `explore`.
 
-    Left open by the paper: of equal priorities p >= 1/2 goes first, then a random order fixed at the start; where
-    one source runs short the others fill the batch. Epochs are never walked.
+    As in the author's code, p >= 1/2 goes first of equal priorities, and where one source runs short the others
+    fill the batch. Ours: further ties go by a random order fixed at the start; each refill decides anew on rule 5.
     """
 
     STATE = (*Uniform.STATE, "explore_rng", "rate", "priority", "place", "tested", "visits", "flips")
@@ -281,7 +281,7 @@ class GroupReplay(ReplayStore):
     2. Then this step's useful groups are stored; beyond `group_capacity` groups the oldest go first.
 
     What makes this right is the objective: weights pi_old / mu, and one clip around pi_old for fresh and stored
-    tokens alike (grpo.policy_loss). Groups of one step are stored in random order: no luck of place.
+    tokens alike (grpo.policy_loss). Our choices: two steps' worth of groups; random order within a step.
     """
 
     DECIDES = "places"
@@ -319,7 +319,7 @@ class RolloutReplay(ReplayStore):
     3. an answer leaves when it is older than `max_age` steps; beyond `rollout_capacity` the oldest go first.
     4. Tokens, log-probs and advantage stay as they were at birth; the clip is around the birth policy.
 
-    Rare outcomes have large advantages. With `mask_truncated`, truncated answers are neither stored nor counted.
+    Our choices: no answer is drawn twice in a step; `mask_truncated` keeps truncated answers out of store and B.
     """
 
     DECIDES = "extra"  # what is added to the batch

@@ -4,7 +4,7 @@
     sleep()                       before the update, if it `sleeps`: gives up memory that the trainer can use
     sync(model) -> float          after it: takes the new weights, and returns how far the engine is off
 
-Every answer has a random stream of its own, from (seed, step, prompt, sample). So runs repeat, and an answer depends
+Every answer has a random stream of its own, from (seed, step, prompt, sample). So the noise of an answer depends
 neither on the batch it was sampled in nor on the rank that sampled it. Sampling is at a temperature and nothing
 else: with top-p or top-k the log-probs would be those of another distribution.
 """
@@ -88,16 +88,17 @@ class TransformersEngine:
         return 0.0
 
 
-# A sync compares so many answers, of so many tokens.
+# The answers that a sync compares, and the most tokens of each.
 PROBES = 8
 PROBE_TOKENS = 16
 # Differences of log-probs that rounding explains. Up to 2e-5 was seen in float32 (TF32 on a GPU should give
-# some 0.02), 0.45 in bfloat16. An engine that missed one update of the embedded model is off by 0.6.
+# some 0.02), 0.45 in bfloat16. An engine that missed one update of the embedded model is off by 0.6: float32
+# finds it. In bfloat16 the check finds wrong weights, not one small update that was missed.
 SYNC_BOUND = {torch.float32: 0.05, torch.bfloat16: 1.0}
 
 
 class VLLMEngine:
-    """Samples with vLLM in the trainer's process, on a GPU or a CPU. Without a model, from the folder `path`.
+    """Samples with vLLM in the trainer's process, on a GPU or a CPU. Without a model it reads the weights at `path`.
 
     It leaves a default process group behind. There may be one engine at a time: when one is collected as garbage,
     vLLM destroys the process groups of all.
@@ -139,8 +140,8 @@ class VLLMEngine:
             self.sync(model)
 
     def generate(self, prompts: list[Prompt], n, seed, step, temperature=None, limit=0) -> list[Group]:
-        """`n` answers to each prompt, as groups born at `step`, without rewards. limit: other than
-        `max_tokens`. RuntimeError if the engine is asleep."""
+        """`n` answers to each prompt, as groups born at `step`, without rewards. limit: most tokens of an answer, if
+        not `max_tokens`. RuntimeError if the engine is asleep."""
         if self.asleep:
             raise RuntimeError("the engine is asleep and would wait for ever: call sync first")
         from vllm import SamplingParams

@@ -59,7 +59,7 @@ METHODS["popo"] = METHODS["group"]
 
 @dataclass
 class Config:
-    """Every knob. A setting comes from, in rising order: the defaults here, which are the papers' at model scale;
+    """Every knob. A setting comes from, in rising order: the defaults here, mostly those of Prompt Replay's paper;
     with the embedded model tiny.SETTINGS; the method's settings; the command line. Comments are the flags' help."""
 
     # ---- what is trained, and on what
@@ -115,7 +115,7 @@ class Config:
     max_tokens: int = 7168  # of an answer
     temperature: float = 1.0  # of sampling; log-probs are taken at the same
     rollout_batch: int = 512  # answers decoded side by side
-    gpu_memory: float = 0.45  # vLLM: its share of the GPU
+    gpu_memory: float = 0.45  # vLLM: its share of the GPU; 0: all that the trainer leaves
     vllm: str = ""  # vLLM: more of its own settings, as JSON: '{"enforce_eager": true}'
     # ---- objective
     advantage: Literal["centred", "std", "rloo"] = "centred"  # of a group's rewards
@@ -125,7 +125,7 @@ class Config:
     proximal: Literal["old", "birth"] = "old"  # clip around pi_old, or the birth policy
     clip_low: float = 0.2  # ratio may fall by this
     clip_high: float = 0.272  # ratio may rise by this
-    dual_clip: float = 0.0  # bound on the loss of wrong answers grown likely; 0: none
+    dual_clip: float = 0.0  # wrong answers: the term is at least this times A; 0: no bound
     is_cap: float = 2.0  # truncation of importance weights; inf: none; 0: no weights
     kl: float = 0.0  # coefficient of a k3 KL to the initial model
     mask_truncated: bool = False  # do not train on answers cut at the limit
@@ -176,12 +176,12 @@ class Run:
         config.check_training(cfg)
         make_rules(cfg, num_prompts=cfg.prompts_per_step)
         self.cfg = cfg
-        self.step = 0  # steps done; so are these two, which are the run's cost
-        self.rollouts = 0
-        self.tokens = 0
+        self.step = 0  # steps done
+        self.rollouts = 0  # answers generated in them: the run's cost
+        self.tokens = 0  # tokens of these answers
         self.mirror = log.Mirror(cfg.wandb, cfg.tensorboard)
         self.reward = reward.load(cfg.reward)
-        self.judge = self.reward  # of held-out answers; a control does not judge itself
+        self.judge = self.reward  # scores held-out answers; a control reward would not look at the gold
         if cfg.reward in reward.CONTROLS:
             self.judge = reward.load("math" if cfg.data else "equation")
         if self.judge is reward.grade:
@@ -211,7 +211,7 @@ class Run:
         # The rules. Then the engine: vLLM takes its share of the GPU before the trainer does.
         self.sampler, self.stores = make_rules(cfg, len(self.prompts))
         places = self.stores.get("places")
-        self.refills = places if isinstance(places, DynamicSampling) else None  # it has batches filled in rounds
+        self.refills = places if isinstance(places, DynamicSampling) else None  # a step fills its batch in rounds
         self.reference = None  # the model as loaded, for the KL
         if cfg.kl:
             self.reference = grpo.Policy(copy.deepcopy(model).requires_grad_(False), cfg.dtype)
@@ -301,7 +301,7 @@ def record(run: Run, step: int, groups: list[Group], batch: list[Group], trained
         **run.gauge.observe(groups, run.sampler.replays),
         # reward_graded, reward_no_box, reward_timeouts: what became of the answers
         **reward.counts(),
-        # loss, grad_norm, clip_fraction, engine_kl, is_capped, kl, trained_tokens, ess_replayed, sync_error
+        # sync_error, and the figures of support/token_sums.py: loss, grad_norm, engine_kl, ess_replayed and others
         **trained,
         # what the rules say of themselves: buffer, prompt_uses, heap, stored_groups, group_ages
         **run.sampler.figures(),
@@ -351,7 +351,7 @@ def train(run: Run) -> int:
         for store in run.stores.values():
             store.learn(trained)
         run.seconds["update"] = perf_counter() - started
-        trained["sync_error"] = run.engine.sync(run.policy)  # checked, not hoped
+        trained["sync_error"] = run.engine.sync(run.policy)  # how far the engine's log-probs are off
         run.seconds["sync"] = perf_counter() - started - run.seconds["update"]
 
         # 4. Log, evaluate, save.

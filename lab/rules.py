@@ -21,6 +21,8 @@ class GRESO(Uniform):
     2. p is kept apart for all-right and all-wrong prompts. After each batch it falls by `pace` where the share of
        such groups reached its target (a third of `target` for all-right ones, two thirds for all-wrong ones), else
        it rises.
+
+    Left out: generation batches of adaptive size.
     """
 
     STATE = (*Uniform.STATE, "chance_rng", "in_a_row", "chance", "skipped")
@@ -68,13 +70,12 @@ class GRESO(Uniform):
 
 LEVELS = 16  # pass rates 0, 1/16 .. 1
 MEMORY = 320  # visits that an average goes back, or so
-MARGIN = 1.25  # by which return visits must beat those by the epochs
+MARGIN = 1.25  # how many times the worth of a visit by the epochs a return visit must have
 GUESS = 8  # weight, in visits, of the first guess: that a prompt has not moved
 
 
 def worth(rate: np.ndarray) -> np.ndarray:
-    """What visits taught that found these pass rates: their spread p(1-p), times what is left to gain,
-    (1-p)^2."""
+    """How much a visit taught that found pass rate p: the spread p(1-p), times what is left to gain, (1-p)^2."""
     return rate * (1 - rate) * (1 - rate) ** 2
 
 
@@ -86,11 +87,11 @@ class Adaptive(Uniform):
 
     1. A visit that finds pass rate p is worth p(1-p)(1-p)^2. Two averages are kept over the latest visits: of visits
        by the epochs, and of return visits to prompts whose group before was at a given pass rate.
-    2. Prompts come back whose pass rate's return visits have been worth `MARGIN` times a visit by the epochs; the
-       best pass rates first, and of one pass rate the prompts that were not visited for longest.
+    2. A prompt comes back if return visits to prompts of its pass rate were worth `MARGIN` times a visit by the
+       epochs. The best pass rates come first, and of one pass rate the prompts that have waited longest.
     3. At most floor(share * P) of a batch, each after `cooldown` steps. All else comes from the epochs.
 
-    Where a visit all but solves a prompt, they return solved, are worth nothing, and replay all but ends by itself.
+    Where one visit all but solves a prompt, return visits find it solved and are worth nothing: replay all but ends.
     The power and the constants were chosen in lab/simulate.py; lab/LOG.md has what was tried, and how it did on
     other cells.
     """

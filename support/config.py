@@ -19,8 +19,6 @@ OUT = ROOT / "out"  # where runs, and the embedded model, are kept
 # end. Numbers that are not here only have to be finite, or are checked in `check_training`.
 BOUNDS = {
     "answers_per_prompt": (2, 4096),
-    "batch": (1, 1_000_000),
-    "budget_rollouts": (1, 10**12),
     "clip_high": (0, 1000),
     "clip_low": (0, 1),
     "cooldown": (0, 10**9),
@@ -60,7 +58,7 @@ BOUNDS = {
     "tokens_per_microbatch": (1, 10**9),
     "weight_decay": (0, 10),
 }
-ABOVE = ("lr", "grad_clip", "gpu_memory", "temperature", "smoothing")  # these have to be above 0
+ABOVE = ("lr", "grad_clip", "temperature", "smoothing")  # these have to be above 0
 
 # What train.py asks of a rule, by what the rule decides. replay.Uniform and replay.ReplayStore have most of it.
 NEEDS = {
@@ -68,11 +66,6 @@ NEEDS = {
     "places": ("complete", "attach", "learn", "figures", "state_dict", "load_state_dict"),
     "extra": ("complete", "attach", "learn", "figures", "state_dict", "load_state_dict"),
 }
-
-
-def fail(message: str) -> None:
-    print(f"error: {message}; --help lists all flags", file=sys.stderr)
-    raise SystemExit(2)
 
 
 def flag(name: str) -> str:

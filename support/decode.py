@@ -1,7 +1,7 @@
 """Sampling with transformers: answers to a batch of prompts, with a KV cache, token by token.
 
-It draws what the plain loop of 25 lines draws that lesson 1 shows: a forward pass over all answers, one token for
-each, until all have ended. It is quicker by one trick: **every distinct prefix is decoded once.** The n answers to a
+It draws what the plain loop in tests/test_rollout.py draws: a forward pass over all answers, one token for each,
+until all have ended. It is quicker by one trick: **every distinct prefix is decoded once.** The n answers to a
 prompt are equal up to the token where they part, and reading equal tokens n times gives n equal rows of logits. So
 the batch that runs through the model has one row for each distinct prefix: one a prompt at first, and more as
 answers part. `row` says which of these rows each answer continues. After each token, equal pairs of (row, token) are

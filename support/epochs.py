@@ -48,7 +48,7 @@ class Epochs(Saved):
 
     def take_fresh(self, n: int, passes_over=None) -> list[int]:
         """Puts the next n prompts of the epoch into the batch. One that is in it already, because replay has brought
-        it back, keeps its turn (but at the very end of an epoch), so that replay costs no prompt its visit.
+        it back, keeps its turn, unless the epoch ends first. So replay costs no other prompt its visit.
 
         passes_over: a function that says of a prompt whose turn it is whether it is left out this time."""
         chosen: list[int] = []

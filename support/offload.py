@@ -2,7 +2,7 @@
 
 The GPU holds what a pass computes with. Weights of linear layers are in bf16 there, as autocast would cast them
 anyway; all others (embedding, norms) and all gradients are in float32. So nothing is rounded that was not rounded
-before, and a run with offload is the run without, bit for bit (tests/test_offload.py).
+before. On a CPU a run with offload is the run without, bit for bit (tests/test_offload.py).
 
 Bytes a parameter: 6 and a little on the GPU instead of 16, and 12 in host memory instead of none.
 """
@@ -86,8 +86,8 @@ def working_copy(masters: torch.nn.Module, dtype: str, device: str | None = None
 
 @contextlib.contextmanager
 def cpu_threads(count: int):
-    """Runs its block with `count` threads, and puts the count back: for another one Dynamo, in vLLM, compiles
-    anew."""
+    """Runs its block with `count` threads, and puts the count back: with another one, Dynamo in vLLM would compile
+    again."""
     before = torch.get_num_threads()
     torch.set_num_threads(count)
     try:
@@ -143,7 +143,7 @@ class HostAdamW(torch.optim.AdamW):
 
     @torch.no_grad()
     def push(self) -> None:
-        """Brings the working copy to the masters."""
+        """Copies the masters' weights into the working copy."""
         with cpu_threads(self.threads):
             for weight, working in self.pairs:
                 # rounded on the host: half the bytes to move

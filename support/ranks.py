@@ -47,10 +47,6 @@ def stop() -> None:
         dist.destroy_process_group()
 
 
-def rank() -> int:
-    return RANK
-
-
 def world() -> int:
     return WORLD
 

@@ -11,7 +11,7 @@ GRPO has to turn the habits over.
 
 A worked answer writes digit and carry of each column from the right, then the result: 2440+2914= 40503150=05354.
 
-What one prompt teaches about others decides whether replay pays (LOG.md), so it can be chosen, `--sharing`:
+What one prompt teaches about others decides whether replay pays (lab/LOG.md), so it can be chosen, `--sharing`:
 
     digits   200 digit facts, each in some thirty of the 2,000 prompts: what one teaches, many need
     columns  the same facts with an error rate of their own in each column: 800, each in some eight prompts
@@ -33,7 +33,7 @@ ALPHABET = "0123456789+-="
 STEPS = {"digits": 1600, "columns": 3000, "none": 1600}  # of its training, for each --sharing
 LOOKUPS = 512  # prompts of --sharing none
 HELD_OUT = 400  # problems
-# What replaces the defaults of train.py, which are the papers': a demo of minutes.
+# What replaces the defaults of train.py, for a demo of minutes.
 SETTINGS = {
     "prompts_per_step": 16,
     "answers_per_prompt": 8,

@@ -135,14 +135,6 @@ def test_preset_goes_by_the_model_and_by_the_methods_named():
     assert "steps" in tiny.SETTINGS and train.Config().steps != tiny.SETTINGS["steps"]
 
 
-def test_fail_says_what_is_wrong_and_ends_with_code_2(capsys):
-    with pytest.raises(SystemExit) as stop:
-        config.fail("no such thing")
-    output = capsys.readouterr()
-    assert stop.value.code == 2 and output.out == ""
-    assert output.err == "error: no such thing; --help lists all flags\n"
-
-
 # ---------------------------------------------------------------- bounds
 
 # Numbers of train.Config without a largest value: it could only be guessed. check_training has more on dual_clip.

@@ -87,6 +87,8 @@ def check_run(cfg) -> None:
 def read_run(folder: Path) -> dict:
     """One run: `points`, with cumulative costs and accuracy at each evaluation, and the means of its health
     figures."""
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"{folder} is no folder of a run: it has no config.json; give the folders of runs alone")
     settings = json.loads((folder / "config.json").read_text())
     rows = pd.DataFrame(plot.read(folder / "metrics.jsonl"))
     if rows["step"].tolist() != list(range(1, len(rows) + 1)):

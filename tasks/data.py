@@ -7,8 +7,7 @@ A prompt is text (or chat messages), its token ids as the model will see them, m
     python train.py --model ID --data polaris --difficulty 0.125 0.75    # by its column of pass rates
     python train.py --model ID --data polaris=FILE.parquet     # a copy of it, for machines without network
     python train.py --model ID --data OWNER/NAME --problem-column question --answer-column gold
-    python train.py --model ID --data train.jsonl              # one JSON object a line: {"problem": ...,
-    "answer": ...}
+    python train.py --model ID --data train.jsonl              # a line each: {"problem": ..., "answer": ...}
 
 Problems that are the same after `normal` are one: the first is kept, and none of the evaluation sets; all are
 counted. Known sets are read at the revisions in SOURCES, as several public projects pin them (we have not compared

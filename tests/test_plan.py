@@ -1,6 +1,6 @@
 """The memory plan: parameters are exact, activations are those of Qwen3, phases and advice follow from them.
 
-python -m tests.test_plan      prints the README's table of GPUs
+python -m tests.test_plan      prints the table of GPUs of docs/usage.md
 """
 
 import json
@@ -491,7 +491,7 @@ def test_host_memory_is_unknown_elsewhere(tmp_path):
     assert plan.host_memory(tmp_path) == 0
 
 
-# ---------------------------------------------------------------- the README's table
+# ---------------------------------------------------------------- the table of docs/usage.md
 
 
 def readme_table(offload: str = "off") -> str:

@@ -8,6 +8,7 @@ import inspect
 import math
 import os
 import sys
+import time
 from pathlib import Path
 
 import tyro
@@ -247,4 +248,6 @@ def exits(code: int, *kinds: type[Exception], all_ranks: bool = False):
     except kinds as error:
         if all_ranks or os.environ.get("RANK", "0") == "0":  # the ranks may not have met yet
             print(f"error: {error}", file=sys.stderr)
+        else:
+            time.sleep(10)  # torchrun ends all ranks with the first that leaves: it has to be the one that speaks
         raise SystemExit(code) from error

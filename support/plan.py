@@ -30,12 +30,10 @@ from pathlib import Path
 
 import torch
 
-from support.vllm_quirks import vllm_options
+from support.vllm_quirks import GIB, RESERVE, vllm_options
 
-GIB = 2**30
 USABLE = 0.97  # of a GPU; the rest is the driver's
 CONTEXT = 2 * GIB  # CUDA, libraries, what the allocator cannot use
-RESERVE = 4 * GIB  # what vLLM keeps off where it takes all that the trainer leaves
 ENGINE = 3 * GIB  # vLLM's activations and CUDA graphs
 ASLEEP = 1 * GIB  # what vLLM keeps when it sleeps
 CHUNK = 2**27  # logits at a time (logprobs.py), in bf16, float32, and twice for the entropy

@@ -474,12 +474,15 @@ FAST = [
 
 
 @pytest.mark.parametrize("answer", SLOW[:3] + [pytest.param(answer, marks=pytest.mark.slow) for answer in SLOW[3:]])
-def test_a_hostile_answer_costs_three_seconds(answer, fresh):
+def test_a_hostile_answer_costs_its_limit_and_the_start_of_a_child(answer, fresh):
+    begun = processor_seconds()
+    subprocess.run([sys.executable, "-P", answers.__file__], input=b"", check=True)  # a child that is asked nothing
+    start = processor_seconds() - begun
     score("x", "y")
     reward.counts()
     begun = processor_seconds()
     assert score(answer, "5") == 0.0
-    assert answers.SECONDS < processor_seconds() - begun < answers.SECONDS + 2  # the child's start is among them
+    assert answers.SECONDS < processor_seconds() - begun < answers.SECONDS + 2 * start + 1
     assert reward.counts() == counted(timeouts=1)
     assert score(answer, answer) == 1.0  # the same text needs no arithmetic
 

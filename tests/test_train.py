@@ -269,7 +269,7 @@ BAD_FLAGS = {
     "--betas nan 0.9": "--betas must be at least 0 and below 1",
     "--seed -1": "--seed must be at least 0",
     "--gpu-memory 1.5": "--gpu-memory must be at most 1",
-    "--gpu-memory 0": "--gpu-memory must be above 0",
+    "--gpu-memory -1": "--gpu-memory must be at least 0",
     "--threads 100000": "--threads must be at most 1024",
     "--replay adaptive+rollout": "adaptive judges .* it cannot join rollout",
     "--dry-run --reward nosuch": "nosuch",

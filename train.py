@@ -52,6 +52,7 @@ METHODS = {
     "group-oldest": Method("POPO, oldest first", ("lab.rules:OldestGroupReplay",), POPO),
     "dapo": Method("dynamic sampling, 2503.14476, a baseline", (DynamicSampling,), DAPO),
     "greso": Method("GRESO, 2506.02177, a baseline", ("lab.rules:GRESO",)),
+    "beta": Method("Beta posteriors (MoPPS), 2507.04632, a baseline", ("lab.rules:Beta",)),
     "adaptive": Method("our own rule", OWN, {"share": 0.5, "cooldown": 10}),
 }
 METHODS["popo"] = METHODS["group"]
@@ -152,8 +153,7 @@ FREE |= {"offload", "dry_run", "gpus", "wandb", "tensorboard"}
 
 
 def make_rules(cfg: Config, num_prompts: int) -> tuple[Uniform, dict]:
-    """The sampler, and the stores by what they decide, in the order in which a batch passes through them. ValueError
-    for an unknown name, for two rules that decide the same, and for settings that cannot be meant."""
+    """The sampler, and the stores by what they decide. ValueError for unknown names, and for rules that collide."""
     chosen: dict[str, type] = {}
     for name in cfg.replay.split("+") if cfg.replay != "none" else []:
         for rule in config.load_rules(name, METHODS):

@@ -1,6 +1,7 @@
 """Rules that are no paper's method: a baseline, our own, and ablations. `--replay NAME` knows them like the others.
 
 GRESO                   greso         a baseline (2506.02177): pass over prompts that were dead lately
+Beta                    beta          a baseline (MoPPS and its kin): Thompson sampling of pass rates
 Adaptive                adaptive      our own, of prompts: bring back what has lately been worth more than fresh ones
 OnPolicyGroupReplay     adaptive      our own, of answers: POPO as far as stored groups are still nearly on-policy
 LeastDriftGroupReplay   group-kl      POPO's ablation: the groups first that the policy has moved away from least
@@ -12,6 +13,7 @@ import torch
 
 import grpo
 from replay import Group, GroupReplay, Uniform
+from support.epochs import within_reach
 
 
 class GRESO(Uniform):
@@ -64,6 +66,54 @@ class GRESO(Uniform):
 
     def figures(self) -> dict:
         return {"p_easy": float(self.chance[0]), "p_hard": float(self.chance[1]), "skipped": self.skipped}
+
+
+class Beta(Uniform):
+    """MoPPS (2507.04632), a baseline: Thompson sampling of prompts. It keeps a Beta posterior of each prompt's pass
+    rate, which forgets:
+
+    1. A group multiplies what the posterior has beyond its prior by `decay`, then adds its right answers to a, its
+       wrong ones to b. A prompt never seen has the prior, Beta(prior, prior).
+    2. For a batch, a pass rate p is drawn from every posterior. The prompts of largest p(1-p) are taken. So there
+       are no epochs, and a prompt of which little is known is tried sooner than one known to be dead.
+
+    Its kin differ in what tracks the pass rate, and in the draw. KGPS (2607.27610) has a Kalman filter of its logit,
+    and draws by the expected p(1-p). ThinkPrior (2609.09075) begins at another model's pass rates. SPO (2509.13232)
+    forgets by the policy's drift, and draws with chances sqrt(p(1-p)) and a floor.
+
+    As in the authors' code: decay 0.5, prior Beta(1, 1), all prompts at hand are candidates. Ours: these are the whole
+    data set, where the authors choose among the next ones of the loader.
+    """
+
+    STATE = (*Uniform.STATE, "thompson_rng", "a", "b")
+
+    def __init__(self, num_prompts: int, seed: int = 0, decay: float = 0.5, prior: float = 1.0):
+        if not 0 <= decay <= 1 or prior <= 0:
+            raise ValueError(f"need decay in [0, 1] and prior > 0, got {decay} and {prior}")
+        super().__init__(num_prompts, seed)
+        self.decay = decay
+        self.prior = prior
+        self.thompson_rng = np.random.default_rng([seed, 1])
+        self.a = np.full(num_prompts, float(prior))
+        self.b = np.full(num_prompts, float(prior))
+
+    def draw(self, n: int, step: int) -> list[int]:
+        room = self.begin(n, step)
+        p = self.thompson_rng.beta(self.a, self.b)  # [N]
+        distance = np.abs(p - 0.5)  # p(1-p) is largest at one half
+        distance[list(self.batch)] = np.inf
+        x = within_reach(np.arange(len(p)), distance, room)
+        x = x[np.argsort(distance[x], kind="stable")][:room]
+        again = self.seen[x]
+        self.take(x[again], replayed=True)
+        self.take(x[~again])
+        return x.tolist()
+
+    def observe(self, prompts, num_correct, num_answers, step: int) -> None:
+        right = np.array(num_correct, float)
+        wrong = np.array(num_answers) - right
+        self.a[prompts] = self.decay * self.a[prompts] + (1 - self.decay) * self.prior + right
+        self.b[prompts] = self.decay * self.b[prompts] + (1 - self.decay) * self.prior + wrong
 
 
 # ---------------------------------------------------------------- our own rule, of prompts

@@ -38,7 +38,7 @@ from typing import Literal
 import numpy as np
 
 from lab import figures
-from lab.rules import GRESO, Adaptive
+from lab.rules import GRESO, Adaptive, Beta
 from replay import Prioritized, PromptReplay, Uniform
 from support import log, stats
 from support.config import OUT, parse, with_value
@@ -49,6 +49,7 @@ RULES = {
     "prompt": PromptReplay,
     "prioritized": Prioritized,
     "greso": GRESO,
+    "beta": Beta,
     "adaptive": Adaptive,
     "rare": partial(PromptReplay, band=(1e-6, 0.5), share=0.5, cooldown=5, max_reuse=5),
     "cautious": partial(PromptReplay, band=(1e-6, 0.25), share=0.5, cooldown=5, max_reuse=5),
@@ -94,7 +95,7 @@ class Setting:
 
 @dataclass
 class Flags(Setting):
-    rules: tuple[str, ...] = USUAL  # any of uniform, placebo, prompt, prioritized, greso, adaptive, rare, cautious
+    rules: tuple[str, ...] = USUAL  # of uniform, placebo, prompt, prioritized, greso, beta, adaptive, rare, cautious
     seeds: int = 16  # matched seeds
     first_seed: int = 0  # the first of them; rules were chosen on 0 to 11
     map: str = ""  # FILE.png: draw the map, its numbers beside it; alone: out/map.png

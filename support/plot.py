@@ -23,6 +23,7 @@ COLOURS = {
     "adaptive": "#e0a000",
     "dapo": "#56b4e9",
     "greso": "#8c6d31",
+    "beta": "#e377c2",
     "twice": "#7f7f7f",
     "fifo": "#5fc9a8",
     "fresh": "#b8b8b8",
@@ -43,6 +44,7 @@ LABELS = {
     "adaptive": "adaptive (ours)",
     "dapo": "DAPO",
     "greso": "GRESO",
+    "beta": "Beta posteriors",
 }
 
 

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from scipy.stats import beta
 
 from lab import rules
 from lab.rules import (
@@ -14,6 +15,7 @@ from lab.rules import (
     MARGIN,
     MEMORY,
     Adaptive,
+    Beta,
     LeastDriftGroupReplay,
     OldestGroupReplay,
     OnPolicyGroupReplay,
@@ -98,6 +100,61 @@ def test_greso_all_dead_still_fills_the_batch():
 def test_greso_refuses_what_cannot_be_meant(wrong):
     with pytest.raises(ValueError, match="need 0 <= target <= 1 and 0 < floor <= 1"):
         GRESO(8, **wrong)
+
+
+# ---------------------------------------------------------------- Beta posteriors
+
+
+def test_beta_adds_a_group_to_what_is_left_of_the_posterior_and_forgets_towards_the_prior():
+    sampler = Beta(4, decay=0.5, prior=1.0)
+    sampler.observe([0, 2], [3, 8], [8, 8], 1)
+    assert (sampler.a.tolist(), sampler.b.tolist()) == ([4, 1, 9, 1], [6, 1, 1, 1])
+    sampler.observe([0], [8], 8, 2)
+    assert (sampler.a[0], sampler.b[0]) == (0.5 * 4 + 0.5 + 8, 0.5 * 6 + 0.5)
+    # for ever the same group: what it adds is halved again and again, 8 + 4 + 2 ...
+    for step in range(60):
+        sampler.observe([1], [8], 8, step)
+    assert (sampler.a[1], sampler.b[1]) == pytest.approx((17, 1))
+
+
+@pytest.mark.parametrize(("decay", "expected"), [(0.0, (1, 9)), (1.0, (17, 9))])
+def test_beta_without_memory_knows_the_latest_group_and_without_decay_all_of_them(decay, expected):
+    sampler = Beta(1, decay=decay)
+    for step, correct in enumerate((8, 8, 0)):
+        sampler.observe([0], [correct], [8], step)
+    assert (sampler.a[0], sampler.b[0]) == expected
+
+
+def test_beta_draws_a_prompt_as_often_as_its_posterior_is_at_one_half():
+    """One place and many prompts: the drawn rate nearest to one half goes with the densities there."""
+    kinds = {"mixed": 4, "nearly solved": 7, "solved": 8}
+    rights = np.repeat(list(kinds.values()), 200)
+    sampler = Beta(600, seed=1)
+    sampler.observe(range(600), rights, 8, 0)
+    drawn = np.array([rights[sampler.draw(1, step)[0]] for step in range(1, 4001)])
+    density = {right: beta.pdf(0.5, 1 + right, 9 - right) for right in kinds.values()}
+    for right in kinds.values():
+        share = density[right] / sum(density.values())
+        assert abs((drawn == right).mean() - share) < 4 * np.sqrt(share / 4000)
+
+
+def test_beta_tries_unseen_prompts_before_dead_ones_and_says_what_came_back():
+    sampler = Beta(400, seed=2)
+    dead = list(range(200))
+    sampler.seen[dead] = True
+    sampler.observe(dead, [0] * 100 + [8] * 100, 8, 0)
+    chosen = sampler.draw(50, 1)
+    assert np.mean([x < 200 for x in chosen]) < 0.2
+    assert sampler.replays == {x for x in chosen if x < 200}
+    again = sampler.draw(350, 1)  # a refill
+    assert sorted(chosen + again) == list(range(400))
+    assert sampler.replays == set(dead)
+
+
+@pytest.mark.parametrize("wrong", [{"decay": -0.1}, {"decay": 1.1}, {"prior": 0}])
+def test_beta_refuses_what_cannot_be_meant(wrong):
+    with pytest.raises(ValueError, match="need decay in"):
+        Beta(8, **wrong)
 
 
 # ---------------------------------------------------------------- our own rule, of prompts

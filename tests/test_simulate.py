@@ -109,7 +109,7 @@ def test_adam_keeps_the_size_of_steps_when_gradients_shrink_and_sgd_does_not(opt
     assert late_steps(0.1) == pytest.approx(kept * late_steps(1.0), rel=0.2)
 
 
-@pytest.mark.parametrize("name", ["uniform", "prompt", "prioritized", "greso", "rare", "cautious"])
+@pytest.mark.parametrize("name", ["uniform", "prompt", "prioritized", "greso", "beta", "rare", "cautious"])
 def test_a_seed_gives_the_same_run_alone_and_beside_others_and_all_learn(name):
     setting = Setting(visit=1.0, **SMALL)
     alone, beside = run(setting, simulate.RULES[name], [3]), run(setting, simulate.RULES[name], [5, 3])

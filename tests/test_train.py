@@ -458,7 +458,7 @@ def test_replay_alone_is_prompt_and_each_method_brings_its_papers_constants():
 
 
 # what each method decides
-PLACES = {"prompt": "prompts", "prioritized": "prompts", "greso": "prompts"}
+PLACES = {"prompt": "prompts", "prioritized": "prompts", "greso": "prompts", "beta": "prompts"}
 PLACES |= {"group": "places", "dapo": "places", "rollout": "extra"}
 # of the papers (of the public code, for the baselines): settings, and attributes of the sampler and of the store
 CONSTANTS = {
@@ -480,6 +480,7 @@ CONSTANTS = {
     ),
     "dapo": ({"clip_low": 0.2, "clip_high": 0.28, "advantage": "std", "max_rounds": 10, "dual_clip": 0.0}, {}, {}),
     "greso": ({"clip_high": 0.272}, {"targets": (0.25 / 3, 0.5 / 3), "floor": 0.01, "pace": 0.01}, {}),
+    "beta": ({"clip_high": 0.272}, {"decay": 0.5, "prior": 1.0}, {}),
 }  # fmt: skip
 
 

@@ -27,6 +27,7 @@ import os
 import re
 import shlex
 import sys
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean
@@ -249,11 +250,14 @@ def measure_of(runs: list[dict]) -> str:
 
 
 def load_of(runs: list[dict]) -> dict:
-    """The machine's load over those of `runs` that noted it."""
-    loads = [run["load"] for run in runs if run["load"]]
-    if not loads:
+    """The machine's load, and the CPU seconds of all, over those of `runs` that noted them."""
+    loads = pd.DataFrame([run["load"] for run in runs if run["load"]])
+    if loads.empty:
         return {"runs": 0}
-    return pd.DataFrame(loads).mean().to_dict() | {"runs": len(loads), "cores": os.cpu_count()}
+    found = loads[["start", "end"]].mean().to_dict() | {"runs": len(loads), "cores": os.cpu_count()}
+    if "cpu_seconds" in loads and loads["cpu_seconds"].notna().all():
+        found["cpu_seconds"] = float(loads["cpu_seconds"].sum())
+    return found
 
 
 def choose_rates(by_lr: dict[str, list[dict]], methods: list[str]) -> tuple[list[dict], dict]:
@@ -297,18 +301,21 @@ def is_complete(folder: Path, flags: list[str]) -> bool:
 
 
 def one_run(folder: Path, flags: list[str]) -> None:
-    """In a process of its own, with its console in log.txt, and the machine's load before and after in
-    load.json."""
+    """In a process of its own, with its console in log.txt. load.json has the machine's load before and after, and the
+    CPU seconds, those before an interruption included."""
     os.setsid()  # Ctrl-C is for the parent, which ends its runs once; twice would be at once, with nothing saved
     with open(folder / "log.txt", "w") as console:
         os.dup2(console.fileno(), 1)
         os.dup2(console.fileno(), 2)
     import train
 
+    file = folder / "load.json"
+    before = json.loads(file.read_text()).get("cpu_seconds", 0.0) if file.exists() else 0.0
     load = {"start": os.getloadavg()[0]}
     code = train.main(["--out", str(folder), *flags])
     load["end"] = os.getloadavg()[0]
-    (folder / "load.json").write_text(json.dumps(load) + "\n")
+    load["cpu_seconds"] = before + time.process_time()
+    file.write_text(json.dumps(load) + "\n")
     sys.exit(code)
 
 

@@ -29,6 +29,7 @@ def collect(folders: list[str]) -> dict:
     """Accuracy at each evaluation of these runs, by method and seed. ValueError for runs that cannot stand together."""
     curves = {method: {"rollouts": [], "seeds": {}} for method in COMMANDS}
     settings = []
+    seconds = 0.0  # in steps
     for folder in map(Path, folders):
         config = json.loads((folder / "config.json").read_text())
         method = config["replay"].replace("popo", "group")
@@ -44,6 +45,7 @@ def collect(folders: list[str]) -> dict:
             if "eval_accuracy" in row:
                 rollouts.append(row["rollouts"])
                 accuracies.append(row["eval_accuracy"])
+            seconds += row["seconds_total"]
         curves[method]["rollouts"] = rollouts
         curves[method]["seeds"][str(config["seed"])] = accuracies
         settings.append([config[name] for name in SAME])
@@ -53,7 +55,7 @@ def collect(folders: list[str]) -> dict:
         raise ValueError(f"these runs differ in one of {', '.join(SAME)}")
     if curves["none"]["seeds"].keys() != curves["group"]["seeds"].keys():
         raise ValueError("the two methods need runs of the same seeds")
-    return {"commands": COMMANDS, "commit": config.get("commit", ""), "curves": curves}
+    return {"commands": COMMANDS, "commit": config.get("commit", ""), "seconds": seconds, "curves": curves}
 
 
 def demo(result: dict, path: Path) -> Path:
@@ -69,13 +71,21 @@ def demo(result: dict, path: Path) -> Path:
         axis.plot(thousands, runs.mean(0), color=plot.COLOURS[method], linewidth=3)
         place_label(axis, method, thousands, runs.mean(0))
     seeds = len(result["curves"]["none"]["seeds"])
-    axis.set(xlim=(0, None), ylim=(20, 90), xlabel="rollouts (answers generated), thousands")
+    axis.set(xlim=(0, None), ylim=(20, 90))
+    axis.set_xlabel(f"rollouts (answers generated), thousands\n{took(result, 2 * seeds)}")
     axis.set_ylabel("held-out accuracy, %")
     axis.set_title(f"The same rollouts, the same objective, {seeds} matched seeds (thick: mean)", fontsize=14)
     axis.grid(color="#eeeeee")
     axis.set_axisbelow(True)
     axis.spines[["top", "right"]].set_visible(False)
     return plot.save(figure, path)
+
+
+def took(result: dict, runs: int) -> str:
+    """How many runs these were, and the hours that their steps took, on one thread each."""
+    if "seconds" not in result:
+        return f"{runs} runs; their CPU hours were not noted"
+    return f"{runs} runs, {result['seconds'] / 3600:.2g} CPU hours in steps"
 
 
 def place_label(axis, method: str, x: np.ndarray, y: np.ndarray) -> None:

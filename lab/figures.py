@@ -66,6 +66,7 @@ def results_table(result: dict) -> str:
         parts.append(differences_list(result))
     if "load" in result:
         parts.append(load_line(result["load"]))
+    parts.append(took({"": result}))
     return "\n\n".join(parts)
 
 
@@ -143,6 +144,41 @@ def load_line(load: dict) -> str:
     )
 
 
+def took(results: dict[str, dict]) -> str:
+    """How many runs these results are made of, and their CPU hours. Results that have no CPU seconds have the seconds
+    that each run spent in steps at least, on one thread. What is tuned was chosen among the other runs."""
+    runs = 0
+    seconds = 0.0
+    measured = True
+    for name, result in results.items():
+        if name == "tuned":
+            continue
+        count = sum(entry["seeds"] for entry in result["methods"].values())
+        runs += count
+        load = result.get("load", {"runs": 0})
+        if load["runs"] == count and "cpu_seconds" in load:
+            seconds += load["cpu_seconds"]
+        else:
+            measured = False
+            seconds += sum(entry["seeds"] * entry["budgets"]["seconds"] for entry in result["methods"].values())
+    if measured:
+        return f"{runs} runs, {seconds / 3600:.2g} CPU hours."
+    return f"{runs} runs, at least {seconds / 3600:.2g} CPU hours in steps (starts and evaluations not counted)."
+
+
+def took_map(cells: list[dict]) -> str:
+    """The CPU hours of a map, as far as its rules noted them."""
+    rules = list(cells[0]["rules"])
+    noted = [rule for rule in rules if all("cpu_seconds" in cell["rules"][rule] for cell in cells)]
+    hours = sum(cell["rules"][rule]["cpu_seconds"] for cell in cells for rule in noted) / 3600
+    runs = f"{sum(cell['seeds'] for cell in cells) * len(rules)} runs"
+    if not noted:
+        return f"{runs}; their CPU hours were not noted."
+    if len(noted) < len(rules):
+        return f"{runs}; {' and '.join(map(plot.label_of, noted))}: {hours:.2g} CPU hours; others not noted."
+    return f"{runs}, {hours:.2g} CPU hours."
+
+
 def overview_table(results: dict[str, dict], cost: str = "rollouts") -> str:
     """The baseline's accuracy and differences to it at equal `cost`, a column for each learning rate."""
     first = next(iter(results.values()))
@@ -158,7 +194,7 @@ def overview_table(results: dict[str, dict], cost: str = "rollouts") -> str:
         rows.append(row)
     head = (
         f"{plot.label_of(first['baseline'])}: {measure_of(first)} in per cent; others: points against it at equal "
-        f"{COSTS[cost]}, 95 % intervals, * Holm-corrected p < 0.05."
+        f"{COSTS[cost]}, 95 % intervals, * Holm-corrected p < 0.05. {took(results)}"
     )
     return f"{head}\n\n{markdown(['method', *results], rows)}"
 
@@ -176,7 +212,8 @@ def map_table(cells: list[dict]) -> str:
         rows.append(row)
     head = (
         "Rollouts to two thirds of uniform sampling's gain, in % more or fewer than uniform sampling needs, with "
-        f"standard errors over {cells[0]['seeds']} matched seeds; > a lower bound, as some seed never got there."
+        f"standard errors over {cells[0]['seeds']} matched seeds; > a lower bound, as some seed never got there. "
+        f"{took_map(cells)}"
     )
     columns = ["interference", "sharing", "step per visit", *(plot.label_of(rule) for rule in rules)]
     return f"{head}\n\n{markdown(columns, rows)}"
@@ -262,7 +299,7 @@ def forest(results: dict[str, dict], path: Path, title: str = "") -> Path:
         axis.set_axisbelow(True)
         tidy(axis, "left")
     what = f"{measure_of(first)}, points against {plot.label_of(base)} at equal rollouts (hollow: not significant)"
-    figure.supxlabel(what, fontsize=12)
+    figure.supxlabel(f"{what}\n{took(results)}", fontsize=12)
     figure.suptitle(title, fontsize=13)
     return plot.save(figure, path)
 
@@ -311,7 +348,7 @@ def regimes(cells: list[dict], path: Path, rules: list[str], interference: float
         axis.tick_params(length=0)
         axis.spines[:].set_visible(False)
 
-    figure.supxlabel("step per visit (logits)", fontsize=12)
+    figure.supxlabel(f"step per visit (logits)\n{took_map(cells)}", fontsize=12)
     for axis in axes[:, 0]:
         axis.set_ylabel("sharing of skills")
     what = "with interference" if interference else "without interference"

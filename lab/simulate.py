@@ -30,6 +30,7 @@ import json
 import math
 import shlex
 import sys
+import time
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -357,9 +358,10 @@ def compare_rules(setting: Setting, rules: list[str], seeds: list[int]) -> dict:
     found = {}
     for name in rules:
         arm = base
+        started = time.process_time()
         if name != "uniform":
             arm = run(setting, RULES[name], seeds, salt=int(name == "placebo"))
-        found[name] = against(base, arm)
+        found[name] = against(base, arm) | {"cpu_seconds": time.process_time() - started}
     start = float(base["accuracy"][:, 0].mean())
     end = float(base["accuracy"][:, -1].mean())
     cell = {"setting": dataclasses.asdict(setting), "seeds": len(seeds), "rules": found}

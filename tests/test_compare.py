@@ -156,6 +156,28 @@ def test_equal_seconds_come_with_the_machines_load():
     assert "load was 1.5 when a run began and 3.0 when it ended" in figures.load_line(compare.load_of(runs))
 
 
+def test_tables_say_how_many_cpu_hours_their_runs_took():
+    """Measured where every run noted them; else the seconds in steps, which all share, are a lower bound. The tuned
+    table has no runs of its own."""
+    runs = [run_of(method, seed, [0.1, 0.2, 0.3]) for method in ("none", "prompt") for seed in (0, 1)]
+    for run in runs:
+        run["load"] = {"start": 1.0, "end": 2.0, "cpu_seconds": 450.0}
+    noted = compare.analyse(runs, ["none", "prompt"]) | {"load": compare.load_of(runs)}
+    assert figures.took({"lr 1": noted, "lr 2": noted, "tuned": noted}) == "8 runs, 1 CPU hours."
+    runs[0]["load"] = {"start": 1.0, "end": 2.0}
+    some = compare.analyse(runs, ["none", "prompt"]) | {"load": compare.load_of(runs)}
+    for result in (some, noted | {"load": {"runs": 0}}):
+        assert figures.took({"": result}).startswith("4 runs, at least 0.0011 CPU hours in steps")  # 4 x 1 second
+
+
+def test_a_map_says_which_rules_noted_their_cpu_hours():
+    row = {"cpu_seconds": 360.0}
+    assert figures.took_map([{"seeds": 12, "rules": {"prompt": row, "beta": row}}]) == "24 runs, 0.2 CPU hours."
+    some = figures.took_map([{"seeds": 12, "rules": {"prompt": {}, "beta": row}}])
+    assert some == "24 runs; Beta posteriors: 0.1 CPU hours; others not noted."
+    assert figures.took_map([{"seeds": 12, "rules": {"prompt": {}}}]).endswith("were not noted.")
+
+
 @pytest.mark.parametrize(("seeds", "lines", "bands"), [(3, 3, 0), (4, 1, 1)])
 def test_of_few_seeds_the_figure_shows_the_runs(seeds, lines, bands):
     curve = compare.curve([run_of("none", seed, [0.1, 0.2 + 0.1 * seed]) for seed in range(seeds)], "rollouts")

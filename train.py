@@ -390,7 +390,7 @@ def main(argv: list[str]) -> int:
         ended_by = 0 if is_done(run) else train(run)
         if not ended_by:
             checkpoint.export(run)
-    folder.end(run, ended_by)
+        folder.end(run, ended_by)
     run.engine.close()
     ranks.stop()
     return 128 + ended_by if ended_by else 0

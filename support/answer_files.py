@@ -9,6 +9,10 @@ import json
 from pathlib import Path
 
 from support.config import OUT
+from support.log import write_aside
+from support.rows import read_rows
+
+NEEDED = {"problem": int, "sample": int, "id": str, "response": str, "tokens": int, "truncated": bool}  # in a line
 
 
 def weights_digest(model) -> str:
@@ -31,7 +35,10 @@ def choose_results_folder(out: str, settings: dict) -> Path:
     # answers are kept only with others of the same model, seed, temperature ...
     file = folder / "settings.json"
     if file.exists():
-        before = json.loads(file.read_text())
+        try:
+            before = dict(json.loads(file.read_bytes()))
+        except (ValueError, TypeError, RecursionError) as error:
+            raise ValueError(f"{file} holds no settings of eval.py; remove it, or give another --out") from error
         changed = []
         for key, value in settings.items():
             if before.get(key) != value:
@@ -39,25 +46,22 @@ def choose_results_folder(out: str, settings: dict) -> Path:
         if changed:
             raise ValueError(f"{folder} has completions with {'; '.join(changed)}; give another --out")
     folder.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(settings, indent=2) + "\n")
+    write_aside(file, json.dumps(settings, indent=2) + "\n")
     return folder
 
 
 def answers_so_far(path: Path, ids: list[str], samples: int) -> dict[int, list[dict]]:
     """The answers in `path` to problems that have all of theirs, by problem and in the order of the samples.
 
-    `ids` are those of the problems, in their order. ValueError if the file is about other problems.
+    `ids` are those of the problems, in their order. ValueError if the file is about other problems, or holds
+    something else.
     """
     if not path.exists():
         return {}
 
     # the rows of each problem, by sample
     found: dict[int, dict[int, dict]] = {}
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError:
-            continue  # half a line, left by a killed process: its problem is not complete
+    for _, row in read_rows(path, NEEDED):
         found.setdefault(row["problem"], {})[row["sample"]] = row
 
     # does the number of a problem still mean the same problem?
@@ -75,8 +79,5 @@ def answers_so_far(path: Path, ids: list[str], samples: int) -> dict[int, list[d
 
 def write_answers(path: Path, answers: dict[int, list[dict]]) -> None:
     """Writes all answers, problem by problem."""
-    aside = path.with_name(path.name + ".partial")  # renamed when it is whole: a kill leaves the old file
-    with open(aside, "w", encoding="utf-8") as file:
-        for i in sorted(answers):
-            file.writelines(json.dumps(row) + "\n" for row in answers[i])
-    aside.replace(path)
+    rows = [row for i in sorted(answers) for row in answers[i]]
+    write_aside(path, "".join(json.dumps(row) + "\n" for row in rows))

@@ -26,6 +26,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed.checkpoint as dcp
+from safetensors import SafetensorError
 from torch.distributed.checkpoint import metadata
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
@@ -178,10 +179,7 @@ def save(run) -> None:
         ranks.barrier()
         write_manifest(partial)
     except (OSError, RuntimeError, CheckpointException) as error:
-        raise OSError(
-            f"the checkpoint {partial} cannot be written ({reason(error)}); make room if the disk is full, and go on "
-            "with --resume"
-        ) from error
+        raise log.cannot_write(partial, run.folder, cause(error)) from error
     if ranks.is_main():
         if (final / "manifest.json").exists():
             remove(final)
@@ -456,10 +454,16 @@ class Planner(DefaultLoadPlanner):
         super().load_bytes(read_item, value)
 
 
-def reason(error: BaseException) -> str:
-    """An error in one line."""
+def cause(error: Exception) -> BaseException:
+    """What torch.distributed.checkpoint met on some rank; it puts tracebacks beside it."""
     if isinstance(error, CheckpointException) and error.failures:
-        error = next(iter(error.failures.values()))[0]  # of some rank; with a traceback beside it
+        return next(iter(error.failures.values()))[0]
+    return error
+
+
+def reason(error: Exception) -> str:
+    """An error in one line."""
+    error = cause(error)
     return " ".join(str(error).split())[:300] or type(error).__name__
 
 
@@ -467,18 +471,22 @@ def reason(error: BaseException) -> str:
 
 
 def export(run) -> None:
-    """The trained model in Hugging Face format, float32, in the run's folder model/."""
+    """The trained model in Hugging Face format, float32, in the run's folder model/. OSError, in one line, where it
+    cannot be written."""
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
     state = get_model_state_dict(run.trained.model, options=options)
     if ranks.is_main():
         final = run.folder / "model"
         partial = run.folder / "model.partial"
-        remove(partial)
-        run.trained.model.save_pretrained(partial, state_dict=state)
-        run.tokenizer.save_pretrained(partial)
-        # file by file into what is there: a user may have put something beside them
-        final.mkdir(exist_ok=True)
-        for path in sorted(partial.iterdir()):
-            path.replace(final / path.name)
-        partial.rmdir()
+        try:
+            remove(partial)
+            run.trained.model.save_pretrained(partial, state_dict=state)
+            run.tokenizer.save_pretrained(partial)
+            # file by file into what is there: a user may have put something beside them
+            final.mkdir(exist_ok=True)
+            for path in sorted(partial.iterdir()):
+                path.replace(final / path.name)
+            partial.rmdir()
+        except (OSError, SafetensorError) as error:
+            raise log.cannot_write(final, run.folder, error) from error
     ranks.barrier()

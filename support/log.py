@@ -17,6 +17,7 @@ import torch
 from tqdm import tqdm
 
 from support import ranks
+from support.rows import read_rows
 from support.state import Saved
 
 # ---------------------------------------------------------------- files
@@ -33,43 +34,41 @@ def write_aside(path: Path, text: str) -> None:
     aside.replace(path)
 
 
+def cannot_write(path: Path, folder: Path, error: Exception) -> OSError:
+    """What a run says, in one line, where it cannot write a file: what was saved last, and how to go on. folder: the
+    run's."""
+    saved = [one.name for one in folder.glob("checkpoints/step-????????")]
+    last = f"the last checkpoint is {max(saved)}" if saved else "there is no checkpoint yet"
+    why = " ".join(str(error).split())[:300] or type(error).__name__
+    how = f"make room if the disk is full, and go on with --resume --out {folder}"
+    return OSError(f"{path} cannot be written ({why}); {last}: {how}")
+
+
 def write_settings(path: Path, settings: dict) -> None:
     write_aside(path, json.dumps(settings | {"commit": commit()}, indent=2) + "\n")
 
 
-def append(path: Path, rows: list[dict]) -> None:
-    with open(path, "a", encoding="utf-8") as file:
-        for row in rows:
-            file.write(json.dumps(row) + "\n")
+def append(path: Path, new: list[dict]) -> None:
+    """OSError, in one line, where that cannot be done; what is torn then is cut off by `--resume`."""
+    try:
+        with open(path, "a", encoding="utf-8") as file:
+            for row in new:
+                file.write(json.dumps(row) + "\n")
+    except OSError as error:
+        raise cannot_write(path, path.parent, error) from error
 
 
 def forget_after(path: Path, step: int) -> None:
-    """Drops the rows that were written after the checkpoint at `step`, so that they are not there twice.
-
-    A last line that a kill or a full disk has torn is cut off. ValueError, in one line, for any other that is no
-    row.
-    """
+    """Drops the rows that were written after the checkpoint at `step`, so that they are not there twice, and half a
+    last line. ValueError, in one line, for any other that is no row."""
     if not path.exists():
         return
-    data = path.read_bytes()
-    lines = data.splitlines(keepends=True)
     kept = []
-    for number, line in enumerate(lines, 1):
-        try:
-            row = json.loads(line)
-            if row["step"] <= step:
-                kept.append(line.decode().rstrip("\r\n") + "\n")
-        except (ValueError, TypeError, KeyError, IndexError, RecursionError) as error:
-            # Whole lines end in a newline, so that only a torn one can lack it.
-            if number == len(lines) and not line.endswith(b"\n"):
-                print(f"the last line of {path} was torn when the run was stopped; it is cut off", file=sys.stderr)
-                continue
-            what = " ".join(str(error).split())
-            raise ValueError(
-                f"line {number} of {path} is no row of a run ({type(error).__name__}: {what}); mend it or remove it"
-            ) from error
+    for line, row in read_rows(path, {"step": int}):
+        if row["step"] <= step:
+            kept.append(line.decode().rstrip("\r\n") + "\n")
     text = "".join(kept)
-    if text.encode() != data:
+    if text.encode() != path.read_bytes():
         write_aside(path, text)
 
 

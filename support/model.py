@@ -20,13 +20,15 @@ def load_model(path: str, gradient_checkpointing: bool = False, device: str | No
     logging.disable_progress_bar()
     try:
         tokenizer = AutoTokenizer.from_pretrained(path)
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+        model, report = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, output_loading_info=True)
     except Exception as error:  # transformers raises half a dozen kinds here, some with pages of text
         first = str(error).strip().split("\n")[0]
         raise ValueError(
             f"no model can be loaded from {path!r} ({type(error).__name__}: {first}); give a Hugging Face id, or "
             "a folder with config, weights and tokenizer"
         ) from error
+
+    check_weights(path, model, report)
 
     # An answer may end in any of the ids that the model's own generation stops at.
     stop = model.generation_config.eos_token_id
@@ -41,6 +43,19 @@ def load_model(path: str, gradient_checkpointing: bool = False, device: str | No
     model = model.to(device).eval()
     without_dropout(model)
     return model, tokenizer, sorted(stop_ids)
+
+
+def check_weights(path: str, model, report: dict) -> None:
+    """ValueError where tensors of the model are not in its files, which transformers then draws at random; where its
+    files have some that it does not use; and where a weight is not finite. report: transformers' loading info."""
+    for kind, wrong in (("missing_keys", "lacks"), ("unexpected_keys", "has, and its config does not know,")):
+        names = sorted(report[kind])
+        if names:
+            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+            raise ValueError(f"the model in {path} {wrong} {names[0]}{more}; give whole weights, and their own config")
+    for name, weights in model.named_parameters():
+        if not weights.isfinite().all():
+            raise ValueError(f"the model in {path} has weights that are not finite, in {name}; give a sound one")
 
 
 def check_context(model, model_path: str, cfg) -> None:
@@ -94,7 +109,8 @@ def check_policy(policy) -> None:
         logits = model(input_ids=ids.to(model.device), use_cache=False).logits.float()
     policy.dtype = dtype
     own = torch.log_softmax(logits[:, 1:-1], -1).gather(2, ids[:, 2:, None].to(model.device))[..., 0]
-    if (ours - own[micro.sequences].flatten()).abs().max() > (0.2 if low else 1e-2):
+    off = (ours - own[micro.sequences].flatten()).abs().max()
+    if not off <= (0.2 if low else 1e-2):  # nan is no number that passes
         raise ValueError(
             f"{model.config.model_type} models scale, cap or shift their logits, or cannot be packed, and would be "
             "trained on wrong log-probs; use a Qwen3, Llama, Mistral, Gemma 3, OLMo or alike"

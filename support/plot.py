@@ -3,9 +3,11 @@
 python -m support.plot out/RUN        writes out/RUN/curves.png
 """
 
-import json
+import os
 import sys
 from pathlib import Path
+
+from support.rows import read_rows
 
 BLUE, ORANGE, GREY, GREEN = "#2a6f97", "#e07a1f", "#8d99ae", "#3a7d44"
 
@@ -68,27 +70,32 @@ def label_of(method: str) -> str:
 
 
 def read(path: Path) -> list[dict]:
-    """ValueError if it has no rows, or one that is not JSON."""
-    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    """ValueError, in one line, if it has no rows, or a line that is none."""
+    rows = [row for _, row in read_rows(path, {"step": int})]
     if not rows:
         raise ValueError(f"{path} is empty: no step of that run was finished")
     return rows
 
 
 def pyplot():
-    """Slow to import, and never on a screen."""
-    import matplotlib
-
-    matplotlib.use("Agg")
+    """Slow to import, and never on a screen, whatever the environment asks for."""
+    os.environ["MPLBACKEND"] = "Agg"
     import matplotlib.pyplot
 
     return matplotlib.pyplot
 
 
 def save(figure, path: Path) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
-    pyplot().close(figure)
+    """OSError, in one line, where it cannot be written."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path, dpi=110)
+    except OSError as error:
+        raise OSError(
+            f"{path} cannot be written ({error}); make room if the disk is full, and draw it again"
+        ) from error
+    finally:
+        pyplot().close(figure)
     return path
 
 

@@ -50,5 +50,9 @@ def benchmark_texts(name: str) -> list:
 
 
 def digest(prompts: list[data.Prompt]) -> str:
-    """sha256 of problems and answers: a run is resumed on the data it was started on."""
-    return data.fingerprint((prompt.text, prompt.answer) for prompt in prompts)
+    """sha256 of problems and answers: a run is resumed on the data it was started on. ValueError if the ranks, each of
+    which has read its own copy, have different ones."""
+    found = data.fingerprint((prompt.text, prompt.answer) for prompt in prompts)
+    if not ranks.agree(found):
+        raise ValueError("the ranks have read different data; give all of them the same copy of --data")
+    return found

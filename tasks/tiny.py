@@ -19,8 +19,11 @@ What one prompt teaches about others decides whether replay pays (lab/LOG.md), s
 """
 
 import argparse
+import fcntl
 import math
 import random
+import shutil
+import sys
 from pathlib import Path
 
 import torch
@@ -223,22 +226,47 @@ def home(sharing: str = "digits") -> Path:
     return OUT / ("tiny-model" if sharing == "digits" else f"tiny-model-{sharing}")
 
 
+def is_made(out: Path) -> bool:
+    """ValueError if something else is in the place of the embedded model."""
+    if (out / "config.json").exists():
+        return True
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(f"{out} is in the place of the embedded model, and is no model; move it away")
+    return False
+
+
 def make(out: str | Path, seed: int = 0, steps: int = 0, sharing: str = "digits") -> Path:
     """Trains the embedded model into folder `out`, or returns at once if it is there already. steps 0: as
-    STEPS has."""
+    STEPS has. A second process that comes while one is at it waits, and takes what that one has made."""
     out = Path(out)
-    if (out / "config.json").exists():
+    if is_made(out):
         return out
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with open(out.with_name(out.name + ".lock"), "w") as file:
+        # The system drops a record lock when the process dies, however it dies.
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            print(f"another process is making {out}: waiting for it", file=sys.stderr)
+            fcntl.lockf(file, fcntl.LOCK_EX)
+        except OSError:  # of a file system without locks: two at once are unlikely
+            pass
+        if not is_made(out):
+            write(out, seed, steps or STEPS[sharing], sharing)
+    return out
+
+
+def write(out: Path, seed: int, steps: int, sharing: str) -> None:
     from transformers.utils import logging
 
     logging.disable_progress_bar()  # of saving, which takes no time
     tokenizer, model = make_tokenizer(), make_model(seed)
-    train(model, tokenizer, make_pupil(sharing), seed, steps or STEPS[sharing])
+    train(model, tokenizer, make_pupil(sharing), seed, steps)
     aside = out.with_name(out.name + ".partial")  # renamed when whole, so that a torn folder is never reused
+    shutil.rmtree(aside, ignore_errors=True)
     model.save_pretrained(aside)
     tokenizer.save_pretrained(aside)
     aside.rename(out)
-    return out
 
 
 if __name__ == "__main__":

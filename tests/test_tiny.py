@@ -75,7 +75,7 @@ def test_sharing_belongs_to_the_embedded_task():
 def test_the_model_learns_the_habits_of_a_task_without_sharing():
 
     from rollout import TransformersEngine
-    from support.logprobs import load_model
+    from support.model import load_model
 
     path = tiny.make(tiny.home("none"), sharing="none")
     model, tokenizer, stop_ids = load_model(str(path))

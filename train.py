@@ -374,7 +374,7 @@ def train(run: Run) -> int:
 
 def main(argv: list[str]) -> int:
     """A run from beginning to end. Returns the exit code."""
-    argv = config.with_value(argv, "replay", "prompt")  # --replay alone is Prompt Replay
+    argv = config.with_value(config.with_recipes(argv, Config), "replay", "prompt")  # --replay alone
     default = config.preset(Config, argv, tiny.SETTINGS, METHODS)
     cfg, given = config.parse(Config, argv, config.with_methods(__doc__, METHODS), default)
     memory = plan.explained(cfg, cfg.model or str(tiny.home(cfg.sharing)))

@@ -70,7 +70,7 @@ def settings_of(argv: list[str]):
     hand."""
     from train import METHODS, Config
 
-    argv = config.with_value(argv, "replay", "prompt")
+    argv = config.with_value(config.with_recipes(argv, Config), "replay", "prompt")
     return config.parse(Config, argv, "", config.preset(Config, argv, tiny.SETTINGS, METHODS))
 
 

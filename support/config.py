@@ -2,11 +2,13 @@
 
 import contextlib
 import dataclasses
+import difflib
 import importlib
 import importlib.util
 import inspect
 import math
 import os
+import shlex
 import sys
 import time
 from pathlib import Path
@@ -119,6 +121,50 @@ def with_methods(text: str, methods: dict) -> str:
     return "\n".join(
         [text, "--replay takes these, a file.py:Class of your own, or some of them joined by +", "", *lines]
     )
+
+
+def with_recipes(argv: list[str], kind: type) -> list[str]:
+    """`argv` with the flags of every @FILE in it, a recipe, before those given by hand, which so override them. A
+    mistake ends the program with exit code 2."""
+    flags = []
+    given = []
+    with exits(2, ValueError, OSError):
+        for word in argv:
+            if word.startswith("@"):
+                flags += read_recipe(word[1:], kind)
+            else:
+                given.append(word)
+    return flags + given
+
+
+def read_recipe(path: str, kind: type) -> list[str]:
+    """The words of a recipe: a flag of `kind` a line, with its values; # begins a comment. ValueError names the line
+    that is something else."""
+    if not os.path.isfile(path):
+        raise FileNotFoundError(f"there is no recipe {path}; those of the project are lab/recipes/*.txt")
+    known = set()
+    for field in dataclasses.fields(kind):
+        known |= {flag(field.name), flag(f"no_{field.name}")}
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text ({error})") from error
+    words = []
+    for number, line in enumerate(lines, 1):
+        try:
+            found = shlex.split(line, comments=True)
+        except ValueError as error:
+            raise ValueError(f"{path} line {number}: {error}") from error
+        flags = [word.partition("=")[0].replace("_", "-") for word in found if word.startswith("--")]
+        for name in flags:
+            if name not in known:
+                near = difflib.get_close_matches(name, known, n=1)
+                hint = f"; did you mean {near[0]}?" if near else ""
+                raise ValueError(f"{path} line {number}: there is no flag {name}{hint}")
+        if found and (len(flags) != 1 or not found[0].startswith("--")):
+            raise ValueError(f"{path} line {number}: a line holds one flag and its values, got {line.strip()!r}")
+        words += found
+    return words
 
 
 def with_value(argv: list[str], name: str, value: str) -> list[str]:

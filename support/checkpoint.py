@@ -37,7 +37,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_state_dict,
 )
 
-from support import log, ranks
+from support import lives, log, ranks
 
 KEPT = 2  # checkpoints
 LOCK = "run.lock"  # held by the process that runs in this folder; and the sign that the folder is a run's
@@ -298,6 +298,7 @@ def resume(run, free: set[str]) -> None:
     def tidy() -> None:
         for name in ("metrics.jsonl", "samples.jsonl"):
             log.forget_after(run.folder / name, run.step)
+        lives.forget_after(run.folder / lives.FILE, run.step)
         for candidate, wrong in damaged:
             aside = set_aside(candidate)
             print(f"{candidate} {wrong}: going on from {path.name}; it is kept as {aside.name}", file=sys.stderr)

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from support import checkpoint, log, plot, ranks
+from support import checkpoint, lives, log, plot, ranks
 
 
 def is_done(run) -> bool:
@@ -16,6 +16,9 @@ def begin(run, settings: dict) -> None:
     if not ranks.is_main():
         return
     log.write_settings(run.folder / "config.json", settings)
+    run.gauge.file = run.folder / lives.FILE
+    if not run.step:
+        run.gauge.file.unlink(missing_ok=True)  # of a run that was stopped before its first checkpoint
     run.mirror.start(run.folder, settings, run.step)
     where = f"run folder: {run.folder}"
     if run.step:
@@ -32,5 +35,5 @@ def end(run, ended_by: int) -> None:
         else:
             rows = plot.read(run.folder / "metrics.jsonl")
             print(log.summary(rows, log.evaluated_on(run.cfg)))
-            print(f"model: {run.folder / 'model'}, curves: {plot.curves(run.folder)}")
+            print(f"model: {run.folder / 'model'}, figures: {' and '.join(map(str, lives.figures(run.folder)))}")
     run.mirror.close()

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from support import ranks
+from support import lives, ranks
 from support.rows import read_rows
 from support.state import Saved
 
@@ -156,7 +156,7 @@ class Gauge(Saved):
 
     Visits by replay and by the epochs are kept apart. Replay pays where the change is small (lab/LOG.md), so that a
     run can tell whether it does. Prompts are brought back for their measured rate, which luck is part of: some of
-    their change is luck going away.
+    their change is luck going away. With a `file` every visit is appended to it, as support/lives.py reads them.
     """
 
     STATE = ("rate", "sums")
@@ -164,6 +164,7 @@ class Gauge(Saved):
     def __init__(self, num_prompts: int):
         self.rate = np.full(num_prompts, np.nan)  # of the latest visit
         self.sums = np.zeros(6)  # number, sum and sum of squares of changes: by the epochs, by replay
+        self.file: Path | None = None  # of visits, on rank 0 alone
 
     def observe(self, groups: list, replays: set[int]) -> dict:
         """Takes in the groups of a step. Returns, over all steps so far, the mean change with its standard
@@ -175,6 +176,16 @@ class Gauge(Saved):
                 first = 3 if group.prompt in replays else 0
                 self.sums[first : first + 3] += (1, change, change**2)
             self.rate[group.prompt] = rate
+        if self.file:
+            visits = []
+            for group in groups:
+                right = int((group.rewards >= 1).sum())
+                visits.append((group.birth, group.prompt, right, len(group.rewards), group.prompt in replays))
+            try:
+                with open(self.file, "ab") as file:
+                    file.write(np.array(visits, lives.VISIT).tobytes())
+            except OSError as error:
+                raise cannot_write(self.file, self.file.parent, error) from error
         figures = {}
         for first, name in ((0, "epochs"), (3, "replay")):
             n, total, squares = self.sums[first : first + 3]

@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -17,7 +18,7 @@ from safetensors.torch import load_file
 
 import reward
 import train
-from support import config, plot, ranks
+from support import config, lives, plot, ranks
 from tasks import tiny
 
 FLAGS = [
@@ -76,6 +77,7 @@ def assert_same_run(first, second, tolerance=2e-4) -> None:
         for name in a.keys() | b.keys():
             if not name.startswith(("seconds_", "peak_", "reward_", "sync_error")):
                 assert a[name] == pytest.approx(b[name], rel=tolerance, abs=1e-5), (a["step"], name)
+    assert (np.sort(lives.read(first)) == np.sort(lives.read(second))).all()  # one rank writes each visit, once
     weights, others = (load_file(f / "model" / "model.safetensors") for f in (first, second))
     for name in weights:
         torch.testing.assert_close(weights[name], others[name], rtol=1e-3, atol=2e-4)

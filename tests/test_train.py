@@ -22,7 +22,7 @@ import rollout
 import train
 from lab import rules
 from replay import Group, PromptReplay
-from support import checkpoint, config, plot
+from support import checkpoint, config, lives, plot
 from tasks import tiny
 
 TINY = str(tiny.home())
@@ -108,11 +108,24 @@ def test_run_folder_holds_config_samples_figure_and_a_loadable_model(finished):
     assert "seed" in stored["given"] and "lr" not in stored["given"]
     sample = plot.read(out / "samples.jsonl")[0]
     assert {"step", "prompt", "response", "answer", "reward", "truncated"} == set(sample)
-    assert (out / "curves.png").read_bytes()[:4] == b"\x89PNG"
+    for name in ("curves.png", "lives.png"):
+        assert (out / name).read_bytes()[:4] == b"\x89PNG"
     model = AutoModelForCausalLM.from_pretrained(out / "model")
     assert AutoTokenizer.from_pretrained(out / "model").decode([2, 3]) == "01"
     before, after = AutoModelForCausalLM.from_pretrained(TINY).state_dict(), model.state_dict()
     assert any(not torch.equal(before[name], after[name]) for name in before)
+
+
+def test_every_visit_of_a_run_is_written_down(finished):
+    out, rows = finished
+    visits = lives.read(out)
+    for row in rows:
+        mine = visits[visits["step"] == row["step"]]
+        assert len(mine) == len(set(mine["prompt"])) == 6 and set(mine["answers"]) == {4}
+        assert mine["replayed"].mean() == pytest.approx(row["replayed"])
+        for kind, key in enumerate(("pass_rates_fresh", "pass_rates_replayed")):
+            assert np.bincount(mine["right"][mine["replayed"] == kind], minlength=5).tolist() == row[key]
+    assert len(np.unique(visits["prompt"])) == rows[-1]["distinct_prompts"]
 
 
 def test_same_seed_same_run_and_other_seed_another(finished, tmp_path):
@@ -153,10 +166,13 @@ def test_every_method_runs_and_resumes_bit_for_bit(tmp_path, method):
     run(tmp_path / "parts", *flags, "--steps", "7")
     with open(tmp_path / "parts" / "metrics.jsonl", "a") as file:
         file.write(json.dumps({"step": 8, "reward": 0.0}) + '\n{"step": 9, "rew')  # written after the checkpoint, torn
+    with open(tmp_path / "parts" / "visits.bin", "ab") as file:
+        file.write(np.array([(8, 1, 2, 4, 0)], lives.VISIT).tobytes() + b"torn")
     parts = run(tmp_path / "parts", *flags, "--steps", "12", "--resume")
     # the run that stopped at 7 evaluated then, because it ended there
     parts[6].pop("eval_accuracy")
     assert figures(parts) == figures(whole)
+    assert (tmp_path / "parts" / "visits.bin").read_bytes() == (tmp_path / "whole" / "visits.bin").read_bytes()
     first, second = weights(tmp_path / "whole"), weights(tmp_path / "parts")
     assert all(torch.equal(first[name], second[name]) for name in first)
     last = whole[-1]
@@ -215,6 +231,7 @@ def test_sigkill_and_resume_equal_the_uninterrupted_run(tmp_path):
     process.communicate()
     assert 57 <= len((tmp_path / "killed" / "metrics.jsonl").read_text().splitlines()) < 200
     assert figures(run(tmp_path / "killed", "--replay", "--steps", "200", "--resume")) == figures(whole)
+    assert (tmp_path / "killed" / "visits.bin").read_bytes() == (tmp_path / "whole" / "visits.bin").read_bytes()
     first, second = weights(tmp_path / "whole"), weights(tmp_path / "killed")
     assert all(torch.equal(first[name], second[name]) for name in first)
 

@@ -261,9 +261,9 @@ def make_engine(kind: str, model, model_path: str, stop_ids, cfg) -> Transformer
     if kind == "transformers":
         if model is None:
             model, _, _ = load_model(model_path)
-        elif ranks.world() > 1:
+        elif ranks.WORLD > 1:
             model = copy.deepcopy(model)  # the trainer's weights will be in shards, which cannot generate
-        if ranks.world() > 1 and torch.cuda.is_available():
+        if ranks.WORLD > 1 and torch.cuda.is_available():
             model = model.to("cuda")
         settings = (cfg.max_tokens, cfg.temperature, cfg.rollout_batch, cfg.dtype)
         return TransformersEngine(model, stop_ids, *settings)

@@ -173,7 +173,7 @@ def save(run) -> None:
             remove(partial)
             partial.mkdir(parents=True)
         ranks.barrier()
-        dcp.save({"model": model, "optimizer": optimizer}, checkpoint_id=partial, no_dist=ranks.world() == 1)
+        dcp.save({"model": model, "optimizer": optimizer}, checkpoint_id=partial, no_dist=ranks.WORLD == 1)
         if ranks.is_main():
             write_state(run, partial / "state.pt")
         ranks.barrier()
@@ -361,7 +361,7 @@ def load(run, path: Path, free: set[str]) -> None:
         check_metadata(path)
         model, optimizer = get_state_dict(run.trained, run.optimizer)
         target = {"model": model, "optimizer": optimizer}
-        dcp.load(target, storage_reader=Reader(path), planner=Planner(), no_dist=ranks.world() == 1)
+        dcp.load(target, storage_reader=Reader(path), planner=Planner(), no_dist=ranks.WORLD == 1)
         set_state_dict(run.trained, run.optimizer, model_state_dict=model, optim_state_dict=optimizer)
         run.sampler.load_state_dict(state["sampler"])
         run.gauge.load_state_dict(state["gauge"])

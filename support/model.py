@@ -39,7 +39,7 @@ def load_model(path: str, gradient_checkpointing: bool = False, device: str | No
     if gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     if device is None:
-        device = "cuda" if torch.cuda.is_available() and ranks.world() == 1 else "cpu"
+        device = "cuda" if torch.cuda.is_available() and ranks.WORLD == 1 else "cpu"
     model = model.to(device).eval()
     without_dropout(model)
     return model, tokenizer, sorted(stop_ids)

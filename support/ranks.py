@@ -47,10 +47,6 @@ def stop() -> None:
         dist.destroy_process_group()
 
 
-def world() -> int:
-    return WORLD
-
-
 def is_main() -> bool:
     return RANK == 0
 

@@ -72,10 +72,10 @@ def vllm_options(cfg) -> dict:
 def check_options(cfg) -> None:
     """ValueError, in one line, if cfg.vllm cannot be meant, or not with so many ranks."""
     size = vllm_options(cfg).get("tensor_parallel_size", 1)
-    if ranks.world() % size:
+    if ranks.WORLD % size:
         raise ValueError(
             f"--vllm: tensor_parallel_size {size} needs a multiple of {size} ranks, and there are "
-            f"{ranks.world()}; start with torchrun --nproc-per-node {size}"
+            f"{ranks.WORLD}; start with torchrun --nproc-per-node {size}"
         )
 
 
@@ -92,7 +92,7 @@ def machine_settings(model, cfg, sleeps: bool) -> dict:
         settings["enforce_eager"] = True  # compiling takes longer than it saves
         settings["enable_chunked_prefill"] = False  # a seeded prompt cannot be split there
     # torchrun has started the ranks, and vLLM shall start none.
-    if ranks.world() > 1:
+    if ranks.WORLD > 1:
         settings["distributed_executor_backend"] = "external_launcher"
     return settings
 
@@ -138,9 +138,9 @@ def trainer_to_come(model) -> int:
     if any(weight.dtype != torch.float32 for weight in weights):
         return 0
     each = 8
-    if ranks.world() > 1:
+    if ranks.WORLD > 1:
         each += 4
-    return each * sum(weight.numel() for weight in weights) // ranks.world()
+    return each * sum(weight.numel() for weight in weights) // ranks.WORLD
 
 
 def prepare() -> None:

@@ -116,7 +116,7 @@ class Config:
     max_tokens: int = 7168  # of an answer
     temperature: float = 1.0  # of sampling; log-probs are taken at the same
     rollout_batch: int = 512  # answers decoded side by side
-    gpu_memory: float = 0.45  # vLLM: its share of the GPU; 0: all that the trainer leaves
+    gpu_memory: float = 0.0  # vLLM: its share of the GPU; 0: all that the trainer leaves
     vllm: str = ""  # vLLM: more of its own settings, as JSON: '{"enforce_eager": true}'
     # ---- objective
     advantage: Literal["centred", "std", "rloo"] = "centred"  # of a group's rewards
@@ -138,7 +138,7 @@ class Config:
     grad_clip: float = 1.0  # largest gradient norm
     minibatches: int = 1  # optimiser steps per pass over the batch
     epochs: int = 1  # passes over the batch
-    tokens_per_microbatch: int = 16_384  # bounds the memory of the update
+    tokens_per_microbatch: int = 8192  # bounds the memory of the update; one sequence is never divided
     offload: Literal["auto", "on", "off"] = "auto"  # float32 weights and AdamW on the host
     dtype: Literal["bfloat16", "float32"] = "bfloat16"  # of computation; weights stay float32
     gradient_checkpointing: bool = True  # a tenth of the activations' memory, for a third more time

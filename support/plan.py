@@ -6,19 +6,22 @@
 The number of parameters is exact: the model is built without storage. Memory is an estimate by the formulas below,
 for each GPU, in three phases that do not coincide: at start-up weights arrive, sharded a layer at a time; in
 rollouts the engine has bf16 weights of its own and its KV cache, and there are no gradients; in the update the
-engine sleeps, and either the end of the forward pass or the backward pass needs most. Dense models, bytes:
+engine sleeps, and one of three moments needs most. Dense models, bytes:
 
     weights 4 P/N    gradients 4 P/N    AdamW 8 P/N, in 8 bits 2.1 P/N    engine 2 P    KV 4 K a token and layer
     masters on the host: there 12 P, 12.9 P at its peak; on the GPU weights 2 U + 4 (P - U), gradients 4 P
-    bf16 copies that autocast makes of weights: 2 P, kept for the backward pass unless activations are checkpointed;
-    sharded: of two layers and of what is outside of layers, and 6 bytes for each of their gradients before sharding
-    activations of a layer that its backward pass needs: A = T (26 H + 14 Q + 6 K + 8 I + 2 L), the last being a copy
-    of the mask, and half of it for gradients on the way; with checkpointing 4 T H, and A for one layer only
-    head: 14 x 2^27 for a chunk of logits, 8 T H, and 6 V H for its gradient before it is added
+    kept of a layer until its backward pass: A = T (26 H + 14 Q + 6 K + 8 I); with checkpointing 4 T H
+    end of the forward pass: 14 x 2^27 for chunks of logits, 18 T H
+    head's backward pass:    6 x 2^27 for a chunk of logits, 12 T H, and 6 V H for its gradient before it is added
+    a layer's backward pass: A if checkpointed, and T (2 I + 4 H) for gradients on the way
+    bf16 copies of weights that autocast makes: 2 U at the end of the forward pass, kept for the backward pass unless
+    activations are checkpointed: then those of the head, or of the layer
+    sharded: copies of two layers and of what is outside of layers; 6 bytes for each gradient of a layer, and 2 for
+    each of the head's, before they are sharded
 
 P parameters, U of them in linear layers that share no weight with an embedding, N GPUs, H hidden size, Q = heads x
-head size, K = KV heads x head size, I size of the MLP, V vocabulary, T tokens of a micro-batch, L of the longest
-sequence.
+head size, K = KV heads x head size, I size of the MLP, V vocabulary, T tokens of a micro-batch. In float32 attention
+has a mask, of which a layer keeps a copy. tests/test_plan.py has a trace of Qwen3-8B's update beside these formulas.
 """
 
 import contextlib
@@ -96,6 +99,7 @@ def shape(config) -> dict[str, int]:
         "keys": (getattr(text, "num_key_value_heads", None) or heads) * size,
         "mlp": getattr(text, "intermediate_size", None) or 4 * text.hidden_size,
         "vocabulary": text.vocab_size,
+        "tied": model.get_output_embeddings().weight is model.get_input_embeddings().weight,
         "context": getattr(text, "max_position_embeddings", None) or 0,
     }
 
@@ -116,69 +120,75 @@ def has_bfloat16(cfg) -> bool:
     return cfg.dtype == "bfloat16"
 
 
-def layer_activations(s: dict, tokens: int, longest: int, bfloat16: bool) -> int:
-    """Bytes that one layer keeps for its backward pass. Compared with Qwen3 itself in test_plan.py."""
+def layer_activations(s: dict, tokens: int, width: int, bfloat16: bool) -> int:
+    """Bytes that one layer keeps for its backward pass. width: of the mask, 0 where attention has none."""
     h = s["hidden"]
     q = s["queries"]
     k = s["keys"]
     i = s["mlp"]
     # the residual stream is float32; in bf16 each projection keeps a copy of its own of what it read
     if bfloat16:
-        return tokens * (26 * h + 14 * q + 6 * k + 8 * i + 2 * longest)
-    return tokens * (24 * h + 24 * q + 8 * k + 16 * i + 4 * longest)
+        return tokens * (26 * h + 14 * q + 6 * k + 8 * i + 2 * width)
+    return tokens * (24 * h + 24 * q + 8 * k + 16 * i + 4 * width)
 
 
-def activations(s: dict, cfg, checkpointing: bool, backward: bool = True) -> int:
-    """Bytes at the end of a micro-batch's forward pass, or in its backward pass."""
+def activations(s: dict, cfg) -> tuple[int, int]:
+    """Bytes that a micro-batch keeps of all layers until the backward pass, and those of one layer."""
     tokens = microbatch(cfg)
-    layer = layer_activations(s, tokens, longest(cfg), has_bfloat16(cfg))
-    kept = 4 * tokens * s["hidden"] if checkpointing else layer
-    total = s["layers"] * kept
-    if backward:
-        total += layer // 2  # gradients on the way
-        if checkpointing:
-            total += layer  # made anew, a layer at a time
-    return total
+    # In bf16 attention knows the borders of sequences without a mask (support/attention.py).
+    width = 0 if has_bfloat16(cfg) else longest(cfg)
+    layer = layer_activations(s, tokens, width, has_bfloat16(cfg))
+    kept = 4 * tokens * s["hidden"] if cfg.gradient_checkpointing else layer
+    return s["layers"] * kept, layer
+
+
+def weight_copies(s: dict, cfg, place: str) -> tuple[int, int, int]:
+    """Bytes of the copies of weights that are computed with: at the end of the forward pass, in the head's
+    backward pass, and in a layer's."""
+    if place == "sharded":
+        size = 2 if has_bfloat16(cfg) else 4
+        return (size * (s["outside"] + 2 * s["layer"]),) * 3
+    if place == "host" or not has_bfloat16(cfg):  # the weights themselves, but for a head that is an embedding, too
+        head = 0
+        if has_bfloat16(cfg) and s["tied"]:
+            head = 2 * s["vocabulary"] * s["hidden"]
+        return head, head, 0
+    head = 2 * s["vocabulary"] * s["hidden"]
+    every = 2 * s["linear"]
+    if s["tied"]:
+        every += head
+    if cfg.gradient_checkpointing:
+        return every, head, 2 * s["layer"]
+    return every, every, every
 
 
 def update_memory(s: dict, cfg, place: str) -> dict[str, float]:
-    """The update's own: weights as they are computed with, activations, head; at the worse of two moments."""
-    bfloat16 = has_bfloat16(cfg)
-    checkpointing = cfg.gradient_checkpointing
+    """The update's own: copies of weights, activations, head; at the worst of three moments."""
     tokens = microbatch(cfg)
+    kept, layer = activations(s, cfg)
+    copies = weight_copies(s, cfg, place)
+    hidden = tokens * s["hidden"]
+    head = s["vocabulary"] * s["hidden"]
+    logits = min(CHUNK, tokens * s["vocabulary"])
+    wide = 1 if has_bfloat16(cfg) else 2  # what is computed in float32 takes twice as much
 
-    # the copies that are there at once: of two layers, or of all that have been used
-    few = s["outside"] + 2 * s["layer"]
-    if place == "host":  # the weights are what is computed with
-        few = 0
-        every = 0
-    elif place == "sharded":
-        few *= 2 if bfloat16 else 4
-        every = few
-    elif bfloat16:
-        few *= 2
-        every = 2 * s["parameters"]
-    else:
-        few = 0
-        every = 0
-
-    head = 14 * min(CHUNK, tokens * s["vocabulary"]) + 8 * tokens * s["hidden"]
-    gradients = 6 * s["vocabulary"] * s["hidden"]
-    if place == "sharded":
-        gradients = 6 * (s["outside"] + s["layer"])
-    forward = {
-        "weights as computed with": every,
-        "activations": activations(s, cfg, checkpointing, backward=False),
-        "head and logits": head,
-        "gradients on the way": 0,
+    forward_end = {"activations": kept, "head and logits": 14 * logits + 18 * hidden, "gradients on the way": 0}
+    head_backward = {
+        "activations": kept,
+        "head and logits": 6 * logits + 12 * hidden,
+        "gradients on the way": (4 + 2 * wide) * head,
     }
-    backward = {
-        "weights as computed with": few if checkpointing else every,
-        "activations": activations(s, cfg, checkpointing),
-        "head and logits": head,
-        "gradients on the way": gradients,
+    layer_backward = {
+        "activations": kept + (layer if cfg.gradient_checkpointing else 0),
+        "head and logits": 0,
+        "gradients on the way": tokens * (2 * wide * s["mlp"] + 4 * s["hidden"]),
     }
-    return max(forward, backward, key=lambda parts: sum(parts.values()))
+    if place == "sharded":  # whole gradients wait until they are reduced over the ranks
+        layer_backward["gradients on the way"] += 6 * s["layer"] + 2 * wide * head
+    moments = (forward_end, head_backward, layer_backward)
+    for moment, size in zip(moments, copies, strict=True):
+        moment["weights as computed with"] = size
+    return max(moments, key=lambda parts: sum(parts.values()))
 
 
 def trainer_memory(s: dict, cfg, count: int, place: str) -> dict[str, float]:
@@ -243,8 +253,8 @@ def kv_cache(s: dict, cfg, gpu: float, held: float) -> dict[str, float]:
         share = cfg.gpu_memory * gpu
         if not cfg.gpu_memory:  # all that the trainer leaves
             share = min(gpu - RESERVE, USABLE * gpu - CONTEXT) - held
-        left = share - size * s["parameters"] / parallel - ENGINE
-        pool = options.get("kv_cache_memory_bytes", 0) or max(left, 0.0)
+        left = int(share - size * s["parameters"] / parallel - ENGINE)
+        pool = options.get("kv_cache_memory_bytes", 0) or max(left, 0)
     return {
         "token": token,
         "pool": pool,
@@ -266,7 +276,7 @@ def plan(s: dict, cfg, count: int = 1, gpu: float = 0.0, host: float = 0.0, plac
         place, reason = choose(s, cfg, count, gpu, host)
     trainer = trainer_memory(s, cfg, count, place)
     engine = engine_memory(s, cfg, count)
-    kv = kv_cache(s, cfg, gpu, trainer["weights"] + trainer["optimiser"])
+    kv = kv_cache(s, cfg, gpu, trainer["weights"] + max(trainer["optimiser"], trainer["loading"]))
     kv["all"] /= count
     answers = cfg.prompts_per_step * cfg.answers_per_prompt
 
@@ -303,7 +313,9 @@ def plan(s: dict, cfg, count: int = 1, gpu: float = 0.0, host: float = 0.0, plac
         "phases": phases,
         "peaks": peaks,
         "kv": kv,
-        "activations": {on: activations(s, cfg, on) for on in (False, True)},
+        "activations": {
+            on: activations(s, dataclasses.replace(cfg, gradient_checkpointing=on))[0] for on in (False, True)
+        },
         "tokens": {"most": answers * cfg.max_tokens, "mean": answers * cfg.max_tokens // 2},
         "fits": fits,
     }
@@ -366,19 +378,24 @@ def changed(cfg, count: int, found: list[Change]):
 
 
 def candidates(s: dict, cfg, gpu: float) -> tuple[list[Change], list[list[Change]]]:
-    """What costs nothing but time, least first; and the choices there are of memory for the KV cache."""
+    """What costs time, least first, and last moments in 8 bits; and the choices there are of memory for the KV
+    cache."""
     steps = []
-    if cfg.optimizer == "adamw" and cfg.offload != "on":
-        steps.append(Change("--optimizer adamw8bit", {"optimizer": "adamw8bit"}))
-    if not cfg.gradient_checkpointing:
-        steps.append(Change("--gradient-checkpointing", {"gradient_checkpointing": True}))
+    if cfg.offload == "off":
+        steps.append(Change("--offload auto", {"offload": "auto"}))
     if cfg.tokens_per_microbatch > longest(cfg):
         steps.append(Change(f"--tokens-per-microbatch {longest(cfg)}", {"tokens_per_microbatch": longest(cfg)}))
+    if not cfg.gradient_checkpointing:
+        steps.append(Change("--gradient-checkpointing", {"gradient_checkpointing": True}))
+    if cfg.optimizer == "adamw" and cfg.offload != "on":
+        steps.append(Change("--optimizer adamw8bit", {"optimizer": "adamw8bit"}))
     if cfg.engine == "transformers":
         return steps, [[], [Change("--rollout-batch 16", {"rollout_batch": 16})]]
     if engine_memory(s, cfg, 1)["resident"]:
         steps.append(Change(options={"enable_sleep_mode": True}))
     caches = [[]]
+    if cfg.gpu_memory:
+        caches.append([Change("--gpu-memory 0", {"gpu_memory": 0.0})])
     for gigabytes in (40, 20, 10, 5):
         pool = gigabytes * GIB
         one = kv_cache(s, cfg, gpu, 0)["token"] * longest(cfg)
@@ -550,12 +567,14 @@ def verdict(s: dict, cfg, found: dict) -> str:
 
     worst = max(found["peaks"], key=found["peaks"].get)
     why = f"{size(found['peaks'][worst])} GiB in the {worst} phase"
-    if found["kv"]["at_once"] < 1:
-        why = "the KV cache does not hold one whole answer"
-    elif found["peaks"][worst] <= USABLE * gpu:
-        why = f"{size(found['host']['needs'])} GiB on the host, which has {size(found['host']['has'])}"
-    elif found["reason"].startswith("the host"):
+    if found["reason"].startswith("the host"):
         why += f", and {found['reason']}"
+    elif found["peaks"][worst] > USABLE * gpu:
+        pass
+    elif found["kv"]["at_once"] < 1:
+        why = "the KV cache does not hold one whole answer"
+    else:
+        why = f"{size(found['host']['needs'])} GiB on the host, which has {size(found['host']['has'])}"
     change = changes(s, cfg, count, gpu, found["host"]["has"])
     how = "take larger GPUs or a smaller model"
     if change:

@@ -86,7 +86,9 @@ def machine_settings(model, cfg, sleeps: bool) -> dict:
     """
     settings: dict = {"use_tqdm_on_load": False}
     if torch.cuda.is_available():
-        settings["gpu_memory_utilization"] = cfg.gpu_memory or share_left(model, sleeps)
+        # The size of a KV cache that is given is obeyed, whatever the share.
+        known = sleeps or "kv_cache_memory_bytes" in vllm_options(cfg)
+        settings["gpu_memory_utilization"] = cfg.gpu_memory or share_left(model, known)
     else:
         settings["kv_cache_memory_bytes"] = 2**28
         settings["enforce_eager"] = True  # compiling takes longer than it saves
@@ -103,16 +105,16 @@ def machine_settings(model, cfg, sleeps: bool) -> dict:
 RESERVE = 4 * GIB
 
 
-def share_left(model, sleeps: bool) -> float:
+def share_left(model, known: bool) -> float:
     """The share of this GPU that the trainer of `model` leaves to vLLM. None: nobody trains.
 
-    vLLM's share is one of the whole GPU, and what the trainer holds does not count against it. ValueError if nothing
-    is left, or if it cannot be known because the engine does not sleep during the update.
+    vLLM's share is one of the whole GPU, and what the trainer holds does not count against it. known: whether the
+    engine sleeps during the update, or its size is given. ValueError if it does neither, or if nothing is left.
     """
-    if model is not None and not sleeps:
+    if model is not None and not known:
         raise ValueError(
             "an engine with enable_sleep_mode false shares the GPU with the update, whose need is not known; "
-            "give it a share by --gpu-memory"
+            "give it a share by --gpu-memory, or kv_cache_memory_bytes"
         )
     # Memory that PyTorch has cached and does not use is free to vLLM once it is given back.
     torch.cuda.empty_cache()
@@ -137,10 +139,17 @@ def trainer_to_come(model) -> int:
     # Where the trainer computes with bf16 weights, the float32 masters and all moments are kept on the host.
     if any(weight.dtype != torch.float32 for weight in weights):
         return 0
-    each = 8
-    if ranks.WORLD > 1:
-        each += 4
-    return each * sum(weight.numel() for weight in weights) // ranks.WORLD
+    count = sum(weight.numel() for weight in weights)
+    if ranks.WORLD == 1:
+        return 8 * count
+
+    # While weights are sharded, one part after the other is whole: a layer, or all that is in none.
+    layers = []
+    for part in model.modules():
+        if type(part).__name__ in (model._no_split_modules or ()):
+            layers.append(sum(weight.numel() for weight in part.parameters()))
+    whole = max([count - sum(layers), *layers])
+    return max(12 * count // ranks.WORLD, 4 * count // ranks.WORLD + 4 * whole)
 
 
 def prepare() -> None:

@@ -488,19 +488,23 @@ def test_vllm_gets_what_the_trainer_leaves(small, monkeypatch):
     free = 60 * vllm_quirks.GIB
     reserve = vllm_quirks.RESERVE
     with_gpu(monkeypatch, free)
-    assert vllm_quirks.share_left(None, sleeps=False) == (free - reserve) / GPU
-    assert vllm_quirks.share_left(small, sleeps=True) == (free - reserve - 8 * count) / GPU
+    assert vllm_quirks.share_left(None, known=False) == (free - reserve) / GPU
+    assert vllm_quirks.share_left(small, known=True) == (free - reserve - 8 * count) / GPU
     masters_on_the_host = copy.deepcopy(small).bfloat16()
-    assert vllm_quirks.share_left(masters_on_the_host, sleeps=True) == (free - reserve) / GPU
+    assert vllm_quirks.share_left(masters_on_the_host, known=True) == (free - reserve) / GPU
     frozen = copy.deepcopy(small).requires_grad_(False)
-    assert vllm_quirks.share_left(frozen, sleeps=True) == (free - reserve) / GPU
+    assert vllm_quirks.share_left(frozen, known=True) == (free - reserve) / GPU
     with_gpu(monkeypatch, free, world=4)  # the weights arrive later too, in shards
-    assert vllm_quirks.share_left(small, sleeps=True) == (free - reserve - 12 * count // 4) / GPU
+    assert vllm_quirks.share_left(small, known=True) == (free - reserve - 12 * count // 4) / GPU
+    with_gpu(monkeypatch, free, world=64)  # one layer, or all that is in none, is whole while it is sharded
+    layers = [sum(weight.numel() for weight in layer.parameters()) for layer in small.model.layers]
+    whole = max(count - sum(layers), *layers)
+    assert vllm_quirks.share_left(small, known=True) == (free - reserve - 4 * count // 64 - 4 * whole) / GPU
     with_gpu(monkeypatch, reserve + 8 * count)
     with pytest.raises(ValueError, match="leaves no room on the GPU: 4.0 GiB are free"):
-        vllm_quirks.share_left(small, sleeps=True)
+        vllm_quirks.share_left(small, known=True)
     with pytest.raises(ValueError, match="enable_sleep_mode false .* --gpu-memory"):
-        vllm_quirks.share_left(small, sleeps=False)
+        vllm_quirks.share_left(small, known=False)
 
 
 @pytest.mark.parametrize(
@@ -509,6 +513,7 @@ def test_vllm_gets_what_the_trainer_leaves(small, monkeypatch):
         (True, 0.0, "", {"gpu_memory_utilization": 0.7, "enable_sleep_mode": True}),
         (True, 0.3, "", {"gpu_memory_utilization": 0.3, "enable_sleep_mode": True}),
         (True, 0.3, '{"enable_sleep_mode": false}', {"enable_sleep_mode": False}),
+        (True, 0.0, '{"enable_sleep_mode": false, "kv_cache_memory_bytes": 9}', {"gpu_memory_utilization": 0.7}),
         (True, 0.3, '{"enforce_eager": true, "max_num_seqs": 7}', {"enforce_eager": True, "max_num_seqs": 7}),
         (False, 0.3, "", {"enable_sleep_mode": False, "enforce_eager": True, "kv_cache_memory_bytes": 2**28}),
         (False, 0.0, '{"enable_sleep_mode": true}', {"enable_sleep_mode": False}),

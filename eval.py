@@ -38,7 +38,7 @@ import reward
 from rollout import choose_engine, make_engine
 from support import stats
 from support.answer_files import answers_so_far, choose_results_folder, weights_digest, write_answers
-from support.config import parse
+from support.config import check, exits, parse
 from support.model import load_model
 from tasks import data, tiny
 from tasks.benchmarks import BENCHMARKS, Problem, load_all, samples_of
@@ -252,8 +252,7 @@ def settled(cfg: Config, given: list[str]) -> Config:
         usual |= {"temperature": 1.0, "max_tokens": tiny.SETTINGS["max_tokens"]}
     not_given = {name: value for name, value in usual.items() if name not in given}
     cfg = replace(cfg, benchmarks=benchmarks, **not_given)
-    if not 0 <= cfg.temperature < math.inf or cfg.max_tokens < 1 or cfg.batch < 1:
-        raise ValueError("--temperature must be at least 0, --max-tokens and --batch at least 1")
+    check(cfg)
     return cfg
 
 
@@ -324,24 +323,23 @@ def set_up(cfg: Config) -> tuple:
 def main(argv: list[str]) -> int:
     """Returns the exit code: 2 for a user's mistake, 1 for a broken verifier, 130 if it was interrupted."""
     cfg, given = parse(Config, argv, __doc__)
-    try:
+    with exits(2, ValueError, OSError):
         if cfg.compare:
             first, second = cfg.compare
             print(stats.compare_results(stats.read_results(first), stats.read_results(second), cfg.compare))
             return 0
         cfg = settled(cfg, given)
         folder, *rest = set_up(cfg)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    try:
-        results = run(cfg, folder, *rest)
-    except KeyboardInterrupt:
-        print(f"stopped; the same command goes on with --out {folder}", file=sys.stderr)
-        return 130
-    except (reward.VerifierBroken, reward.RewardBroken) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2 if isinstance(error, reward.RewardBroken) else 1
+    with exits(1, reward.VerifierBroken), exits(2, reward.RewardBroken, OSError):
+        try:
+            results = run(cfg, folder, *rest)
+        except KeyboardInterrupt:
+            print(f"stopped; the same command goes on with --out {folder}", file=sys.stderr)
+            return 130
+        except OSError as error:
+            raise OSError(
+                f"{folder} cannot be written ({error}); make room, and give the same command again"
+            ) from error
     print(stats.results_table(results))
     print(f"results: {folder / 'results.json'}, completions beside it")
     return 0

@@ -18,13 +18,18 @@ import tyro
 ROOT = Path(__file__).parent.parent  # of the project
 OUT = ROOT / "out"  # where runs, and the embedded model, are kept
 
-# Least and largest value of each number. What is beyond the largest is a slip of the hand: it would start, and never
-# end. Numbers that are not here only have to be finite, or are checked in `check_training`.
+# Least and largest value of each number of train.py and eval.py. What is beyond the largest is a slip of the hand: it
+# would start, and never end.
 BOUNDS = {
     "answers_per_prompt": (2, 4096),
+    "band": (0, 1),
+    "batch": (1, 1_000_000),
+    "betas": (0, 1),
     "clip_high": (0, 1000),
     "clip_low": (0, 1),
     "cooldown": (0, 10**9),
+    "difficulty": (0, 1),
+    "dual_clip": (0, 1000),
     "epochs": (1, 1000),
     "eval_every": (0, 10**9),
     "eval_prompts": (0, 1_000_000),
@@ -32,9 +37,11 @@ BOUNDS = {
     "explore": (0, 1),
     "gpu_memory": (0, 1),
     "group_capacity": (0, 10_000_000),
-    "is_cap": (0, math.inf),
-    "initial_priority": (-math.inf, math.inf),
+    "grad_clip": (0, 10**9),
+    "initial_priority": (-(10**9), 10**9),
+    "is_cap": (0, 10**9),
     "kl": (0, 1000),
+    "lr": (0, 1000),
     "max_age": (1, 10**9),
     "max_prompt_tokens": (1, 10_000_000),
     "max_prompts": (0, 10**9),
@@ -43,6 +50,7 @@ BOUNDS = {
     "max_rounds": (1, 10_000),
     "max_tokens": (1, 10_000_000),
     "minibatches": (1, 10_000),
+    "pass_at": (1, 4096),
     "priority_exponent": (0, 100),
     "prompts_per_step": (1, 100_000),
     "replay_ratio": (0, 100),
@@ -61,7 +69,9 @@ BOUNDS = {
     "tokens_per_microbatch": (1, 10**9),
     "weight_decay": (0, 10),
 }
-ABOVE = ("lr", "grad_clip", "temperature", "smoothing")  # these have to be above 0
+ABOVE = ("lr", "grad_clip", "smoothing")  # these have to be above 0; so has the temperature, in training
+INFINITE = ("initial_priority", "is_cap")  # these may be inf: before all others; no cap
+TEXTS = ("instruction",)  # these may have several lines
 
 # What train.py asks of a rule, by what the rule decides. replay.Uniform and replay.ReplayStore have most of it.
 NEEDS = {
@@ -178,27 +188,37 @@ def with_value(argv: list[str], name: str, value: str) -> list[str]:
 
 
 def check(config) -> None:
-    """ValueError, in one line, for a number out of its BOUNDS."""
+    """ValueError, in one line, for a number out of its BOUNDS, and for a text of several lines: it would be repeated in
+    messages, which are one line."""
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            continue
-        low, high = BOUNDS.get(field.name, (-math.inf, math.inf))
-        infinite = field.name in ("initial_priority", "is_cap") and value == math.inf
-        if isinstance(value, float) and not math.isfinite(value) and not infinite:
-            raise ValueError(f"{flag(field.name)} must be a finite number, got {value}")
-        if value < low:
-            raise ValueError(f"{flag(field.name)} must be at least {low}, got {value}")
-        if value > high:
-            raise ValueError(f"{flag(field.name)} must be at most {high}, got {value}")
-        if field.name in ABOVE and value <= 0:
-            raise ValueError(f"{flag(field.name)} must be above 0, got {value}")
+        for part in value if isinstance(value, tuple) else [value]:
+            if isinstance(part, int | float) and not isinstance(part, bool):
+                check_number(field.name, part)
+            elif isinstance(part, str) and field.name not in TEXTS and len(part.splitlines()) > 1:
+                raise ValueError(f"{flag(field.name)} {part!r} has more than one line; rename what it names")
+
+
+def check_number(name: str, number: float) -> None:
+    low, high = BOUNDS.get(name, (-math.inf, math.inf))  # a knob that someone has added has none
+    if number == math.inf and name in INFINITE:
+        return
+    if not math.isfinite(number):
+        raise ValueError(f"{flag(name)} must be a finite number, got {number}")
+    if number < low:
+        raise ValueError(f"{flag(name)} must be at least {low}, got {number}")
+    if number > high:
+        raise ValueError(f"{flag(name)} must be at most {high}, got {number}")
+    if name in ABOVE and number <= 0:
+        raise ValueError(f"{flag(name)} must be above 0, got {number}")
 
 
 def check_training(config) -> None:
     """ValueError, in one line, for settings of train.py that are out of bounds, or cannot be meant
     together."""
     check(config)
+    if config.temperature <= 0:
+        raise ValueError(f"--temperature must be above 0, got {config.temperature}")
     if config.dual_clip and config.dual_clip <= 1:
         raise ValueError(f"--dual-clip must be above 1 (or 0: none), got {config.dual_clip}")
     low, high = sorted(config.betas)

@@ -248,7 +248,10 @@ def write(run, row: dict, progress, groups: list) -> None:
     if run.mirror.board:
         run.mirror.log(row)
         run.mirror.samples(examples)
-    progress.write(line(row, EVALUATED.get(run.cfg.sharing, "held-out")))
+    try:
+        progress.write(line(row, EVALUATED.get(run.cfg.sharing, "held-out")))
+    except BrokenPipeError:  # of `| head`, or of a pipe to a program that was killed
+        ranks.lost_reader()
 
 
 class Mirror:

@@ -9,6 +9,7 @@ slice of the prompts with an engine of its own, and is handed everyone's groups.
 """
 
 import os
+import select
 import signal
 import stat
 import sys
@@ -133,13 +134,21 @@ class Stop:
 
 
 def leave_terminal() -> None:
-    """Output to a terminal goes nowhere from now on: to write to one that is closed raises OSError. Files
-    stay."""
+    """Output to a terminal, and to a pipe whose reader is gone, goes nowhere from now on: to write there raises
+    OSError. Files stay."""
     nowhere = os.open(os.devnull, os.O_WRONLY)
     for handle in (1, 2):
-        if stat.S_ISCHR(os.fstat(handle).st_mode):
+        broken = select.poll()
+        broken.register(handle, 0)
+        if stat.S_ISCHR(os.fstat(handle).st_mode) or broken.poll(0):
             os.dup2(nowhere, handle)
     os.close(nowhere)
+
+
+def lost_reader() -> None:
+    """A console that nobody reads any more is a closed terminal."""
+    leave_terminal()
+    signal.raise_signal(signal.SIGHUP)  # where the run ends by it; under nohup it goes on
 
 
 def shard(module: torch.nn.Module, layers: list[torch.nn.Module], bfloat16: bool) -> None:

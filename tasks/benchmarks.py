@@ -21,7 +21,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from support.config import BOUNDS
 from tasks import data, tiny
+
+MOST_SAMPLES = BOUNDS["answers_per_prompt"][1]  # answers to a problem, as in training
 
 
 @dataclass(frozen=True)
@@ -193,7 +196,8 @@ def load_all(names: tuple[str, ...], revisions: tuple[str, ...], columns=(None, 
 def samples_of(names: list[str], values: tuple[str, ...], greedy: bool) -> dict[str, int]:
     """How many answers each problem of each benchmark gets, by `values` (K or NAME=K) or as is usual.
 
-    ValueError if that is no number from 1, or not 1 where the answers are `greedy`, and so all the same.
+    ValueError if that is no number from 1 to MOST_SAMPLES, or not 1 where the answers are `greedy`, and so
+    all the same.
     """
     asked = by_name(values, "--samples", names)
     counts = {}
@@ -202,8 +206,9 @@ def samples_of(names: list[str], values: tuple[str, ...], greedy: bool) -> dict[
         if greedy:
             usual = 1
         count = asked.get(name, asked.get("", str(usual)))
-        if not re.fullmatch("[1-9][0-9]*", count) or (greedy and count != "1"):
-            how = "give a whole number from 1, and 1 at temperature 0: all are the same"
+        most = 1 if greedy else MOST_SAMPLES
+        if not re.fullmatch("[1-9][0-9]{0,8}", count) or int(count) > most:
+            how = f"give a whole number from 1 to {MOST_SAMPLES}, and 1 at temperature 0: all are the same"
             raise ValueError(f"--samples {count}: {how}")
         counts[name] = int(count)
     return counts

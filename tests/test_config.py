@@ -2,11 +2,13 @@
 
 import dataclasses
 import math
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
+import eval as evaluation
 import train
 from replay import PromptReplay, RolloutReplay, Uniform
 from support import config, plot
@@ -137,22 +139,22 @@ def test_preset_goes_by_the_model_and_by_the_methods_named():
 
 # ---------------------------------------------------------------- bounds
 
-# Numbers of train.Config without a largest value: it could only be guessed. check_training has more on dual_clip.
-UNBOUNDED = {"lr", "grad_clip", "dual_clip"}
+
+def numbers(kind=train.Config) -> list[str]:
+    """Settings that are numbers, or tuples of numbers."""
+    found = []
+    for field in dataclasses.fields(kind):
+        if {"int", "float"} & set(re.findall(r"\w+", str(field.type))):
+            found.append(field.name)
+    return found
 
 
-def numbers() -> list[str]:
-    values = dataclasses.asdict(train.Config())
-    return [name for name, value in values.items() if isinstance(value, int | float) and not isinstance(value, bool)]
-
-
-def test_every_number_of_training_has_bounds_or_is_known_to_have_none():
-    assert len(numbers()) > 40
-    assert set(numbers()) - set(config.BOUNDS) == UNBOUNDED
-    assert UNBOUNDED - {"dual_clip"} <= set(config.ABOVE)
-    assert set(config.ABOVE) <= set(numbers())
+def test_every_number_of_both_programs_has_a_least_and_a_largest_value():
+    assert len(numbers()) > 40 and {"band", "lr", "dual_clip"} < set(numbers())
+    assert set(numbers()) | set(numbers(evaluation.Config)) == set(config.BOUNDS)
+    assert {*config.ABOVE, *config.INFINITE} <= set(config.BOUNDS)
     for low, high in config.BOUNDS.values():
-        assert low < high
+        assert -math.inf < low < high < math.inf
 
 
 @pytest.mark.parametrize("preset", [train.Config(), train.Config(**tiny.SETTINGS)], ids=["papers", "embedded"])
@@ -165,25 +167,27 @@ def test_defaults_of_every_method_are_within_bounds(preset, method):
 @pytest.mark.parametrize("name", numbers())
 def test_a_number_beyond_its_bounds_is_refused_by_name(name):
     flag = "--" + name.replace("_", "-")
-    low, high = config.BOUNDS.get(name, (0 if name != "dual_clip" else -math.inf, math.inf))
-    is_float = isinstance(getattr(train.Config(), name), float)
+    low, high = config.BOUNDS[name]
+    usual = getattr(train.Config(), name)
+
+    def like(value):
+        """As a pair, where the setting is one."""
+        return (low, value) if isinstance(usual, tuple) else value
 
     def refusal(value) -> str:
         with pytest.raises(ValueError) as error:
-            config.check(dataclasses.replace(train.Config(), **{name: value}))
+            config.check(dataclasses.replace(train.Config(), **{name: like(value)}))
         assert "\n" not in str(error.value)
         return str(error.value)
 
-    if math.isfinite(low):
-        assert refusal(low - 1).startswith(f"{flag} must be ")
-    if math.isfinite(high):
-        assert refusal(high + 1) == f"{flag} must be at most {high}, got {high + 1}"
-        config.check(dataclasses.replace(train.Config(), **{name: high}))
+    assert refusal(low - 1) == f"{flag} must be at least {low}, got {low - 1}"
+    assert refusal(high + 1) == f"{flag} must be at most {high}, got {high + 1}"
+    config.check(dataclasses.replace(train.Config(), **{name: like(high)}))
     if name in config.ABOVE:
         assert refusal(0.0) == f"{flag} must be above 0, got 0.0"
-    elif math.isfinite(low):
-        config.check(dataclasses.replace(train.Config(), **{name: low}))
-    if is_float:
+    else:
+        config.check(dataclasses.replace(train.Config(), **{name: like(low)}))
+    if not isinstance(usual, int):
         assert refusal(math.nan) == f"{flag} must be a finite number, got nan"
         assert refusal(-math.inf) == f"{flag} must be a finite number, got -inf"
 
@@ -191,19 +195,22 @@ def test_a_number_beyond_its_bounds_is_refused_by_name(name):
 def test_infinity_is_meant_in_two_places_and_nowhere_else():
     meant = []
     for name in numbers():
+        usual = getattr(train.Config(), name)
+        infinite = (math.inf, math.inf) if isinstance(usual, tuple) else math.inf
         try:
-            config.check(dataclasses.replace(train.Config(), **{name: math.inf}))
+            config.check(dataclasses.replace(train.Config(), **{name: infinite}))
             meant.append(name)
         except ValueError:
             pass
-    assert meant == ["initial_priority", "is_cap"]
+    assert sorted(meant) == ["initial_priority", "is_cap"]
 
 
 TOGETHER = {
     "--dual-clip must be above 1 .or 0: none., got 0.5": {"dual_clip": 0.5},
-    "--dual-clip must be above 1 .or 0: none., got -1": {"dual_clip": -1.0},
+    "--dual-clip must be at least 0, got -1": {"dual_clip": -1.0},
     "--betas must be at least 0 and below 1, got 0.9 and 1.0": {"betas": (0.9, 1.0)},
-    "--betas must be at least 0 and below 1, got -0.1 and 0.9": {"betas": (-0.1, 0.9)},
+    "--betas must be at least 0, got -0.1": {"betas": (-0.1, 0.9)},
+    "--temperature must be above 0": {"temperature": 0.0},
     "--difficulty needs two pass rates": {"difficulty": (0.5, 0.2)},
     "--sharing is a knob of the embedded task": {"model": "x", "sharing": "none"},
     "--gpus is for --dry-run": {"gpus": "8x80"},

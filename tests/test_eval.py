@@ -244,7 +244,15 @@ def file(tmp_path):
 
 def run(file, out, *flags: str) -> int:
     settings = ["--samples", "6", "--batch", "24", "--out", str(out)]
-    return eval.main(["--model", "any", "--benchmarks", str(file), *settings, *map(str, flags)])
+    return code_of(["--model", "any", "--benchmarks", str(file), *settings, *map(str, flags)])
+
+
+def code_of(argv: list[str]) -> int:
+    """The exit code, also of a program that ends with one of its own messages."""
+    try:
+        return eval.main(argv)
+    except SystemExit as stop:
+        return stop.code
 
 
 def results(out) -> dict:
@@ -356,13 +364,13 @@ BAD = {
         r"half.jsonl row 2: the answer '1/2' is no integer",
     ),
     "k too large": (["--samples", "4", "--pass-at", "1", "8"], "--pass-at 8: pass@k needs k answers .* mine has 4"),
-    "k zero": (["--pass-at", "0"], "--pass-at 0"),
+    "k zero": (["--pass-at", "0"], "--pass-at must be at least 1"),
     "samples": (["--samples", "-3"], "--samples -3: give a whole number from 1"),
     "samples of what": (["--samples", "aime24=3"], "--samples: no 'aime24' here; there is mine"),
     "greedy twice": (["--temperature", "0", "--samples", "2"], "--samples 2: .* 1 at temperature 0"),
     "temperature": (["--temperature", "-1"], "--temperature must be at least 0"),
-    "no temperature": (["--temperature", "nan"], "--temperature must be at least 0"),
-    "max-tokens": (["--max-tokens", "0"], "--max-tokens and --batch at least 1"),
+    "no temperature": (["--temperature", "nan"], "--temperature must be a finite number"),
+    "max-tokens": (["--max-tokens", "0"], "--max-tokens must be at least 1"),
     "revision": (["--revision", "aime26=abc"], "--revision: no 'aime26' here; there is aime24, aime25"),
     "thinking": (["--thinking"], "--thinking cannot be set"),
     "no thinking": (["--no-thinking"], "--thinking cannot be set"),
@@ -447,7 +455,7 @@ def test_hub_that_cannot_be_reached(monkeypatch, capsys):
         raise ConnectionError("Couldn't reach it\nand more")
 
     monkeypatch.setattr(datasets, "load_dataset", unreachable)
-    assert eval.main(["--model", "any", "--benchmarks", "math500"]) == 2
+    assert code_of(["--model", "any", "--benchmarks", "math500"]) == 2
     errors = capsys.readouterr().err.splitlines()
     assert len(errors) == 1
     assert "HuggingFaceH4/MATH-500 cannot be loaded (Couldn't reach it and more)" in errors[0]
@@ -456,7 +464,7 @@ def test_hub_that_cannot_be_reached(monkeypatch, capsys):
 
 def test_model_that_cannot_be_loaded(tmp_path, capsys):
     (tmp_path / "config.json").write_text("{}")
-    assert eval.main(["--model", str(tmp_path), "--benchmarks", "embedded"]) == 2
+    assert code_of(["--model", str(tmp_path), "--benchmarks", "embedded"]) == 2
     assert capsys.readouterr().err.startswith("error: no model can be loaded from")
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from support import ranks
+from support import limits, ranks
 
 SECONDS = 30  # after which a child gives up
 
@@ -68,3 +68,30 @@ def test_nohup_is_respected(tmp_path):
     os.kill(process, signal.SIGTERM)
     assert end(process) == 0 and (tmp_path / "saved").read_text() == str(int(signal.SIGTERM))
     os.close(terminal)
+
+
+# ---------------------------------------------------------------- limits of time
+
+
+def test_a_loop_without_end_and_one_that_catches_everything_are_ended():
+    with pytest.raises(limits.TookTooLong, match=r"more than 0\.1 seconds"), limits.within(0.1):
+        while True:
+            pass
+    caught = []
+    with pytest.raises(limits.TookTooLong), limits.within(0.1):
+        while True:
+            try:
+                time.sleep(60)
+            except BaseException as error:
+                caught.append(error)
+                if len(caught) == 2:
+                    raise
+    assert len(caught) == 2
+
+
+def test_what_ends_in_time_is_left_alone_and_no_alarm_stays():
+    before = signal.getsignal(signal.SIGALRM)
+    with limits.within(0.1):
+        pass
+    time.sleep(0.2)
+    assert signal.getsignal(signal.SIGALRM) == before

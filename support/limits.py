@@ -1,0 +1,31 @@
+"""A limit of time for code that is not ours."""
+
+import contextlib
+import signal
+import threading
+
+SECONDS = 600  # of one call of a user's reward; a judge behind a network may need minutes
+
+
+class TookTooLong(BaseException):
+    """No Exception, so that a user's `except Exception` does not catch it."""
+
+
+@contextlib.contextmanager
+def within(seconds: float):
+    """Raises TookTooLong in the block after so many seconds of the clock, and each second again, should the block catch
+    it. In other threads than the first nothing is limited: signals are not for them."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def end(_number, _frame):
+        raise TookTooLong(f"it took more than {seconds} seconds")
+
+    before = signal.signal(signal.SIGALRM, end)
+    signal.setitimer(signal.ITIMER_REAL, seconds, 1)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)

@@ -479,7 +479,7 @@ def with_gpu(monkeypatch, free: float, world: int = 1) -> None:
     installed(monkeypatch, True, True)
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (int(free), GPU))
-    monkeypatch.setattr(vllm_quirks.ranks, "world", lambda: world)
+    monkeypatch.setattr(vllm_quirks.ranks, "WORLD", world)
 
 
 def test_vllm_gets_what_the_trainer_leaves(small, monkeypatch):

@@ -40,8 +40,8 @@ from support import stats
 from support.answer_files import answers_so_far, choose_results_folder, weights_digest, write_answers
 from support.config import check, exits, parse
 from support.model import load_model
-from tasks import data, tiny
-from tasks.benchmarks import BENCHMARKS, Problem, load_all, samples_of
+from tasks import data, own, tiny
+from tasks.benchmarks import BENCHMARKS, EMBEDDED, Problem, load_all, samples_of
 
 PASS_AT = (1, 4, 8, 16, 32)
 GRADED_AT_ONCE = 256  # answers between two moves of the progress bar
@@ -50,7 +50,9 @@ GRADED_AT_ONCE = 256  # answers between two moves of the progress bar
 @dataclass
 class Config:
     model: str = ""  # Hugging Face id or folder; without it the embedded model
-    benchmarks: tuple[str, ...] = ()  # names, NAME=FILE or data files; without any all six, or embedded
+    benchmarks: tuple[str, ...] = ()  # names, NAME=FILE, data files, or task.py; without any all six, or embedded
+    task: str = ""  # instead of benchmarks: path/to/task.py, its held-out problems, scored by it
+    instruction: str = "auto"  # put behind each problem, as in training: auto, none, or a text
     samples: tuple[str, ...] = ()  # answers to a problem: K or NAME=K; without it 32 for AIME and AMC, else 4
     pass_at: tuple[int, ...] = ()  # each k of pass@k; without it 1 4 8 16 32, as far as there are answers
     temperature: float = 0.6  # 0 is greedy (embedded: 1)
@@ -177,7 +179,12 @@ def score_answers(task: Task) -> None:
         for start in range(0, len(rows), GRADED_AT_ONCE):
             part = rows[start : start + GRADED_AT_ONCE]
             problems = [task.problems[row["problem"]] for row in part]
-            scores = score([row["response"] for row in part], problems, grade)
+            responses = [row["response"] for row in part]
+            if isinstance(grade, own.Scorer):  # it may ask for more than the gold
+                lengths = [row["tokens"] for row in part]
+                scores = grade.of_prompts(responses, problems, lengths, [row["truncated"] for row in part])
+            else:
+                scores = score(responses, problems, grade)
             for row, value in zip(part, scores, strict=True):
                 row["score"] = value
             bar.update(len(part))
@@ -190,6 +197,8 @@ def spelling(response: str, kind: str) -> str:
     """The answer in the response, for the vote: without white space, and "" if there is none."""
     if kind == "equation":
         text = response.rpartition("=")[2]
+    elif own.is_own(kind):
+        text = reward.boxed(response) or response.strip().rpartition("\n")[2]  # the last line, where nothing is boxed
     else:
         text = reward.boxed(response) or ""
     return "".join(text.split())
@@ -242,13 +251,16 @@ def run(cfg: Config, folder: Path, tasks: list[Task], engine, tokenizer, setting
 def settled(cfg: Config, given: list[str]) -> Config:
     """`cfg` with the defaults that depend on the benchmarks, where a setting was not `given`. ValueError for one
     that is out of its range."""
-    # All six benchmarks for a model, the embedded one for the embedded model.
-    benchmarks = cfg.benchmarks
+    # All six benchmarks for a model, the embedded one for the embedded model, trained or not.
+    if cfg.task and cfg.benchmarks:
+        raise ValueError("--task is a benchmark of its own; leave out --task or --benchmarks")
+    benchmarks = (cfg.task,) if cfg.task else cfg.benchmarks
+    sharing = tiny.sharing_of(cfg.model) if cfg.model else "digits"
     if not benchmarks:
-        benchmarks = tuple(BENCHMARKS) if cfg.model else ("embedded",)
+        benchmarks = ("embedded" if sharing == "digits" else f"embedded-{sharing}",) if sharing else tuple(BENCHMARKS)
     # None leaves thinking to the chat template. The embedded task has short answers, and its own temperature.
     usual = {"thinking": None}
-    if benchmarks == ("embedded",):
+    if sharing:
         usual |= {"temperature": 1.0, "max_tokens": tiny.SETTINGS["max_tokens"]}
     not_given = {name: value for name, value in usual.items() if name not in given}
     cfg = replace(cfg, benchmarks=benchmarks, **not_given)
@@ -258,7 +270,8 @@ def settled(cfg: Config, given: list[str]) -> Config:
 
 def choose_tasks(cfg: Config) -> list[Task]:
     """The benchmarks asked for, still without prompts. ValueError if a flag does not fit them."""
-    loaded = load_all(cfg.benchmarks, cfg.revision, (cfg.problem_column, cfg.answer_column))
+    columns = (cfg.problem_column, cfg.answer_column)
+    loaded = load_all(cfg.benchmarks, cfg.revision, columns, any_gold=own.is_own(cfg.reward))
     samples = samples_of([name for name, _, _ in loaded], cfg.samples, greedy=cfg.temperature == 0)
     tasks = []
     for name, problems, source in loaded:
@@ -268,8 +281,14 @@ def choose_tasks(cfg: Config) -> list[Task]:
                 f"--pass-at {max(cfg.pass_at)}: pass@k needs k answers to a problem or more, and {name} has "
                 f"{k}; raise --samples or lower --pass-at"
             )
-        kind = cfg.reward or ("equation" if name == "embedded" else "math")
-        reward.load(kind)  # what is wrong with it should show now, and not after hours of generation
+        usual = "equation" if name in EMBEDDED else "math"
+        if "task" in source:
+            usual = own.scorer_of(source["task"])
+        kind = cfg.reward or usual
+        # What is wrong with it should show now, and not after hours of generation.
+        grade = reward.load(kind)
+        if isinstance(grade, own.Scorer):
+            grade.check(problems)
         tasks.append(Task(name, problems, source, k, kind))
     return tasks
 
@@ -284,7 +303,7 @@ def set_up(cfg: Config) -> tuple:
         stats.shared_benchmarks({task.name: task.ids for task in tasks}, stats.problem_ids(baseline))
 
     # The model. vLLM loads its own; ours then only says which it is, and leaves the room on the GPU to vLLM.
-    embedded = cfg.benchmarks == ("embedded",)
+    embedded = not cfg.model or bool(tiny.sharing_of(cfg.model))
     if embedded:
         torch.set_num_threads(tiny.SETTINGS["threads"])
     path = cfg.model or str(tiny.make(tiny.home()))
@@ -298,7 +317,8 @@ def set_up(cfg: Config) -> tuple:
     longest = 0
     for task in tasks:
         pairs = [(problem.text, problem.golds[0]) for problem in task.problems]
-        task.prompts, _ = data.encode(pairs, tokenizer, sys.maxsize, cfg.thinking)
+        whole = "task" in task.source and cfg.instruction == "auto"  # rows() writes whole prompts
+        task.prompts, _ = data.encode(pairs, tokenizer, sys.maxsize, cfg.thinking, "none" if whole else cfg.instruction)
         lengths = [len(prompt.ids) for prompt in task.prompts]
         if min(lengths) == 0:
             raise ValueError(f"{path} knows no sign of a problem of {task.name}; give another --model")
@@ -314,6 +334,8 @@ def set_up(cfg: Config) -> tuple:
     for name in ("temperature", "max_tokens", "thinking", "seed"):
         settings[name] = getattr(cfg, name)
     settings |= {"engine": engine.name, "dtype": dtype}
+    if cfg.instruction != "auto":
+        settings["instruction"] = cfg.instruction
     folder = choose_results_folder(cfg.out, settings)
     for task in tasks:
         task.answers = answers_so_far(folder / task.file, task.ids, task.samples)

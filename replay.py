@@ -15,11 +15,13 @@ A store decides what is trained on besides the useful groups of a step. It keeps
     GroupReplay      POPO, 2606.01281: recent useful groups, each whole, stand in for dead ones
     RolloutReplay    2606.04560: single stored answers of large advantage are added, while they are young
 
+    watch(groups, step)                                 all groups of a step, dead ones too, before `complete`
     complete(useful, places, step) -> list[Group]       the batch; `places`: how many groups it is meant to have
     learn(trained)                                      the figures of the update that followed
 
-All have `figures` for the log, and `state_dict` and `load_state_dict`, random generators included. Their keyword
-arguments are set from the flags of the same names. Baselines, ablations and our own rules stand in lab/rules.py.
+All have `figures` for the log, and `state_dict` and `load_state_dict`, random generators included. The loop sets their
+`progress` before each step: the share of the run's budget that is done, in steps or in answers, from 0 to 1. Their
+keyword arguments are set from the flags of the same names. Baselines, ablations and our own rules: lab/rules.py.
 """
 
 from dataclasses import dataclass, replace
@@ -54,10 +56,11 @@ class Group:
 
     @property
     def num_correct(self) -> float:
-        """The sum of rewards. A dead group whose rewards are neither 0 nor 1 counts as all wrong."""
+        """How many answers are right: of reward 1 or more. One between 0 and 1 counts as that part of a right one,
+        and less than 0 as wrong. A dead group whose rewards are below 1 counts as all wrong."""
         if self.dead and self.rewards[0] < 1:
             return 0.0
-        return float(self.rewards.double().sum())
+        return float(self.rewards.double().clamp(0, 1).sum())
 
     def pick(self, i: int) -> "Group":
         """Answer `i` alone, with the advantage that it had in its group."""
@@ -73,6 +76,7 @@ class Uniform(Epochs):
     """Plain GRPO: every prompt once an epoch, in an order that is shuffled anew. The others build on it."""
 
     DECIDES = "prompts"  # which prompts to generate for
+    progress = 0.0
 
     def draw(self, n: int, step: int) -> list[int]:
         return self.take_fresh(self.begin(n, step))
@@ -246,6 +250,7 @@ class ReplayStore(Saved):
     """What stores share: groups in `stored`, oldest first, and those that the latest batch drew."""
 
     STATE = ("stored",)
+    progress = 0.0
 
     def __init__(self, capacity: int | None = None):
         self.stored = Store(Group, capacity)
@@ -254,8 +259,11 @@ class ReplayStore(Saved):
     def attach(self, run) -> None:
         """The run that begins (train.Run), for a rule that needs more of it. The papers' rules do not."""
 
+    def watch(self, groups: list[Group], step: int) -> None:
+        """All groups of the step, dead ones too. The papers' rules take no notice."""
+
     def learn(self, trained: dict) -> None:
-        """The figures of the update that followed. The papers' rules take no notice."""
+        """The figures of the update that followed. Nor of these."""
 
 
 class DynamicSampling(ReplayStore):

@@ -14,20 +14,18 @@ What is equal is decided in tasks/answers.py, in child processes that tasks/grad
 known pairs need no child.
 """
 
-import importlib.util
-import os
 import random
 import re
-import sys
-import traceback
 from collections import Counter
 from collections.abc import Callable
 from fractions import Fraction
 
+from tasks import data, own
 from tasks.answers import LONGEST, matching_braces
-from tasks.grader import Grader, VerifierBroken  # noqa: F401 (the error is for those who call `grade`)
+from tasks.grader import Grader, VerifierBroken  # noqa: F401 (the errors are for those who call these functions)
+from tasks.own import RewardBroken  # noqa: F401
 
-Reward = Callable[[list[str], list], list[float]]  # responses and golds -> a reward from 0 to 1 for each
+Reward = Callable[[list[str], list], list[float]]  # responses and golds -> a number for each; 1 is right, 0 wrong
 
 GRADER = Grader()
 counts = GRADER.counts  # what became of the responses since the last call
@@ -91,14 +89,23 @@ def grade(responses: list[str], golds: list) -> list[float]:
     return [float(verdicts[pair] == "right") for pair in pairs]
 
 
-def of_groups(groups: list, golds: list, tokenizer, function: Callable) -> list[list[float]]:
-    """The rewards by `function` of all answers of each of `groups`; golds: one for each group."""
+def of_groups(groups: list, prompts: list, tokenizer, function: Callable) -> list[list[float]]:
+    """The rewards by `function` of all answers of each of `groups`; prompts: one for each group."""
     texts = []
-    wanted = []
-    for group, gold in zip(groups, golds, strict=True):
+    asked = []
+    for group, prompt in zip(groups, prompts, strict=True):
         texts += [tokenizer.decode(tokens, skip_special_tokens=True) for tokens in group.tokens]
-        wanted += [gold] * len(group.tokens)
-    rewards = iter(function(texts, wanted) if texts else [])
+        asked += [prompt] * len(group.tokens)
+    if not texts:
+        return []
+
+    # A function of the user's may ask for more than the gold.
+    if isinstance(function, own.Scorer):
+        lengths = [len(tokens) for group in groups for tokens in group.tokens]
+        truncated = [cut for group in groups for cut in group.truncated]
+        rewards = iter(function.of_prompts(texts, asked, lengths, truncated))
+    else:
+        rewards = iter(function(texts, [prompt.answer for prompt in asked]))
     return [[next(rewards) for _ in group.tokens] for group in groups]
 
 
@@ -137,67 +144,31 @@ CONTROLS = {"random": grade_random, "always": grade_always, "format": grade_form
 REWARDS = {"math": grade, "equation": grade_equation} | CONTROLS
 
 
-# ---- a reward of the user's own
-
-
-class RewardBroken(ValueError):
-    """A user's reward function does not do what it has to."""
+# ---- by name
 
 
 def load(name: str) -> Reward:
-    """The reward called `name`, or the function in `path/to/file.py:function`, checked at every call
-    (RewardBroken). ValueError or FileNotFoundError if there is none."""
+    """The reward called `name`, or the function in `path/to/file.py:function`. ValueError or FileNotFoundError if there
+    is none."""
     if name in REWARDS:
         return REWARDS[name]
-    function = load_function(name)
-
-    def checked(responses: list[str], golds: list) -> list[float]:
-        try:
-            rewards = function(responses, golds)
-        except Exception as error:  # it is the user's code
-            line = traceback.extract_tb(error.__traceback__)[-1].lineno
-            what = f"{type(error).__name__}: {error}, line {line}"
-            raise RewardBroken(f"--reward {name} failed ({what}); mend it, and go on with --resume") from error
-        return check_rewards(name, rewards, len(responses))
-
-    return checked
+    if not own.is_own(name):
+        raise ValueError(f"no reward {name!r}: say {', '.join(REWARDS)} or path/to/file.py:function")
+    return own.Scorer(name)
 
 
-def load_function(name: str) -> Callable:
-    """The function in `path/to/file.py:function`."""
-    path, _, function = name.rpartition(":")
-    if not path.endswith(".py"):
-        raise ValueError(f"--reward {name}: say {', '.join(REWARDS)} or path/to/file.py:function")
-    if not os.path.isfile(path):
-        raise FileNotFoundError(f"--reward {name}: there is no file {os.path.abspath(path)}")
-
-    # The file becomes a module, wherever it lies.
-    spec = importlib.util.spec_from_file_location("user_reward", path)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up there
-    try:
-        spec.loader.exec_module(module)
-    except Exception as error:  # it is the user's code
-        raise ValueError(f"--reward {name}: {path} cannot be imported ({type(error).__name__}: {error})") from error
-    found = getattr(module, function, None)
-    if not callable(found):
-        raise ValueError(f"--reward {name}: define a function {function}(responses, golds) in {path}")
-    return found
+def choose(cfg) -> tuple[Reward, Reward]:
+    """What a run is trained on, and what scores its held-out answers."""
+    return load(cfg.reward), load(cfg.judge or judge_of(cfg))
 
 
-def check_rewards(name: str, rewards, count: int) -> list[float]:
-    """The rewards as floats. RewardBroken unless they are `count` numbers from 0 to 1."""
-    if hasattr(rewards, "tolist"):  # numpy's and torch's
-        rewards = rewards.tolist()
-    if not isinstance(rewards, list | tuple) or len(rewards) != count:
-        raise RewardBroken(f"--reward {name}: return a list of {count} rewards, one for each response")
-
-    # Each must be a number from 0 to 1, and no nan.
-    checked = []
-    for reward in rewards:
-        if hasattr(reward, "item"):
-            reward = reward.item()
-        if not isinstance(reward, int | float) or not 0 <= reward <= 1:
-            raise RewardBroken(f"--reward {name}: return numbers from 0 to 1, not {reward!r}")
-        checked.append(float(reward))
-    return checked
+def judge_of(cfg) -> str:
+    """The name of what scores held-out answers: --judge, or the task's own verifier. Rows of a user's file have none of
+    their own, so that they are judged by the reward that was named for them."""
+    if cfg.judge:
+        return cfg.judge
+    if cfg.task:
+        return own.scorer_of(cfg.task)
+    if not cfg.data:
+        return "equation"
+    return "math" if data.source_of(cfg.data) or cfg.reward in CONTROLS else cfg.reward

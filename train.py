@@ -13,6 +13,7 @@ One step, in `train` below, and where each part stands:
 """
 
 import copy
+import math
 import sys
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -66,6 +67,7 @@ class Config:
     # ---- what is trained, and on what
     model: str = ""  # Hugging Face id or folder; without it the embedded model is made and trained
     data: str = ""  # polaris (the default), dolci, dapo, gsm8k, math; OWNER/NAME of Hugging Face; or a file
+    task: str = ""  # instead of data: path/to/task.py with rows() and score(responses, golds)
     data_options: str = ""  # for the hub, as JSON: '{"name": "main", "split": "test", "revision": "HASH"}'
     problem_column: str | None = None  # column of the problem; found by itself if it has a usual name
     answer_column: str | None = None  # column of the gold answer; found by itself if it has a usual name
@@ -75,6 +77,8 @@ class Config:
     thinking: Literal["auto", "on", "off"] = "auto"  # enable_thinking of the template
     max_prompts: int = 0  # train on the first so many prompts only; 0: all
     reward: str = "math"  # math, equation, random, always, format, or path/to/file.py:function
+    judge: str = ""  # of held-out answers, named as a reward; default: the task's own verifier
+    instruction: str = "auto"  # put behind each problem; auto: to reason and to box the answer; none; or a text
     # ---- the run
     out: str = ""  # folder of the run; default: a new one under out/
     seed: int = 0  # of prompt order, sampling and replay
@@ -154,14 +158,7 @@ FREE |= {"offload", "dry_run", "gpus", "wandb", "tensorboard"}
 
 def make_rules(cfg: Config, num_prompts: int) -> tuple[Uniform, dict]:
     """The sampler, and the stores by what they decide. ValueError for unknown names, and for rules that collide."""
-    chosen: dict[str, type] = {}
-    for name in cfg.replay.split("+") if cfg.replay != "none" else []:
-        for rule in config.load_rules(name, METHODS):
-            place = config.decides(rule)
-            if place in chosen:
-                both = f"{chosen[place].__name__} and {rule.__name__}"
-                raise ValueError(f"--replay {cfg.replay}: {both} decide the same thing; choose one of them")
-            chosen[place] = rule
+    chosen = config.choose_rules(cfg.replay, METHODS)
     sampler = config.build(chosen.get("prompts", Uniform), cfg, num_prompts)
     stores = {place: config.build(chosen[place], cfg) for place in ("places", "extra") if place in chosen}
     return sampler, stores
@@ -180,11 +177,8 @@ class Run:
         self.rollouts = 0  # answers generated in them: the run's cost
         self.tokens = 0  # tokens of these answers
         self.mirror = log.Mirror(cfg.wandb, cfg.tensorboard)
-        self.reward = reward.load(cfg.reward)
-        self.judge = self.reward  # scores held-out answers; a control reward would not look at the gold
-        if cfg.reward in reward.CONTROLS:
-            self.judge = reward.load("math" if cfg.data else "equation")
-        if self.judge is reward.grade:
+        self.reward, self.judge = reward.choose(cfg)  # what is trained on, and what scores held-out answers
+        if reward.grade in (self.reward, self.judge):
             reward.start()  # its child processes, before CUDA
         if cfg.threads:
             torch.set_num_threads(cfg.threads)
@@ -232,7 +226,7 @@ class Run:
 def dry_run(cfg: Config, given: list[str]) -> str:
     """What a run would do and need; loads no weights, and refuses what a run would refuse."""
     config.check_training(cfg)
-    reward.load(cfg.reward)
+    reward.choose(cfg)
     checkpoint.choose_folder(cfg, config.OUT)
     if cfg.model:
         kind, tokenizer = plan.read(cfg.model)
@@ -259,8 +253,8 @@ def score(run: Run, groups: list[Group]) -> list[Group]:
     """Sets rewards and advantages of this rank's `groups`. Returns those of all ranks: every rank knows all
     groups, so that samplers and stores stay the same everywhere."""
     started = perf_counter()
-    golds = [run.prompts[group.prompt].answer for group in groups]
-    for group, values in zip(groups, reward.of_groups(groups, golds, run.tokenizer, run.reward), strict=True):
+    asked = [run.prompts[group.prompt] for group in groups]
+    for group, values in zip(groups, reward.of_groups(groups, asked, run.tokenizer, run.reward), strict=True):
         group.rewards = torch.tensor(values, dtype=torch.float32)  # [G]
         group.advantages = grpo.advantages(group.rewards, run.cfg.advantage)
     if ranks.WORLD > 1:
@@ -270,12 +264,12 @@ def score(run: Run, groups: list[Group]) -> list[Group]:
 
 
 def evaluate(run: Run) -> float:
-    """Held-out accuracy; each rank answers its share."""
+    """Held-out accuracy, the share of answers that are right; each rank answers its share."""
     mine = ranks.share(run.held_out)
     groups = run.engine.generate(mine, run.cfg.eval_samples, run.cfg.seed, step=-1)
-    values = reward.of_groups(groups, [prompt.answer for prompt in mine], run.tokenizer, run.judge)
+    values = sum(reward.of_groups(groups, mine, run.tokenizer, run.judge), [])
     reward.counts()  # the grading of these answers is not the next step's
-    right, count = ranks.total([sum(map(sum, values)), sum(map(len, values))])
+    right, count = ranks.total([sum(value >= 1 for value in values), len(values)])
     return right / max(count, 1)
 
 
@@ -322,6 +316,8 @@ def train(run: Run) -> int:
         run.seconds = dict.fromkeys(("rollout", "reward", "update", "sync"), 0.0)
         groups: list[Group] = []  # all that are generated in this step
         useful: list[Group] = []  # those with a gradient; dead groups never reach the update
+        for rule in (run.sampler, *run.stores.values()):
+            rule.progress = max((step - 1) / cfg.steps, run.rollouts / (cfg.max_rollouts or math.inf))
 
         # 1. Rollouts. One round; with dynamic sampling (DAPO) as many as it takes to fill the batch.
         for _ in range(cfg.max_rounds if run.refills else 1):
@@ -342,6 +338,7 @@ def train(run: Run) -> int:
             run.engine.sleep()  # its memory is the trainer's until the sync
         batch = useful
         for store in run.stores.values():
+            store.watch(groups, step)
             batch = store.complete(batch, places, step)  # replay.py
 
         # 3. The update, and the new weights into the engine.
@@ -377,6 +374,7 @@ def main(argv: list[str]) -> int:
     argv = config.with_value(config.with_recipes(argv, Config), "replay", "prompt")  # --replay alone
     default = config.preset(Config, argv, tiny.SETTINGS, METHODS)
     cfg, given = config.parse(Config, argv, config.with_methods(__doc__, METHODS), default)
+    cfg.judge = reward.judge_of(cfg)
     memory = plan.explained(cfg, cfg.model or str(tiny.home(cfg.sharing)))
     wrong = config.exits(2, plan.OutOfMemory, reward.RewardBroken, OSError, all_ranks=True)
     broken = config.exits(1, rollout.EngineAstray, FloatingPointError, reward.VerifierBroken, all_ranks=True)
@@ -387,7 +385,8 @@ def main(argv: list[str]) -> int:
                 return 0
             run = Run(cfg)
             folder.begin(run, asdict(cfg) | {"given": given, "prompts_sha256": run.digest})
-        ended_by = 0 if is_done(run) else train(run)
+        with folder.kept(run):
+            ended_by = 0 if is_done(run) else train(run)
         if not ended_by:
             checkpoint.export(run)
         folder.end(run, ended_by)

@@ -264,6 +264,7 @@ def run(setting: Setting, rule, seeds: list[int], salt: int = 0, until: float = 
         chosen = np.zeros((len(seeds), setting.prompts_per_step), int)
         back = np.zeros(chosen.shape, bool)
         for i, sampler in enumerate(samplers):
+            sampler.progress = (step - 1) / setting.steps
             chosen[i] = sampler.draw(setting.prompts_per_step, step)
             back[i] = np.isin(chosen[i], list(sampler.replays))
 

@@ -11,6 +11,7 @@ import os
 import shlex
 import sys
 import time
+import traceback
 from pathlib import Path
 
 import tyro
@@ -76,8 +77,8 @@ TEXTS = ("instruction",)  # these may have several lines
 # What train.py asks of a rule, by what the rule decides. replay.Uniform and replay.ReplayStore have most of it.
 NEEDS = {
     "prompts": ("draw", "observe", "figures", "state_dict", "load_state_dict"),
-    "places": ("complete", "attach", "learn", "figures", "state_dict", "load_state_dict"),
-    "extra": ("complete", "attach", "learn", "figures", "state_dict", "load_state_dict"),
+    "places": ("complete", "watch", "attach", "learn", "figures", "state_dict", "load_state_dict"),
+    "extra": ("complete", "watch", "attach", "learn", "figures", "state_dict", "load_state_dict"),
 }
 
 
@@ -115,9 +116,12 @@ def value_of(argv: list[str], name: str, default: str = "") -> str:
 
 
 def preset(kind: type, argv: list[str], embedded: dict, methods: dict):
-    """The defaults of train.py that hold for this command line: `embedded` where no model is named, and what the
-    methods named by --replay set, in the order of `methods`, whatever the order they are named in."""
+    """The defaults of train.py that hold for this command line: `embedded` where no model is named, a task's own score,
+    and what the methods named by --replay set, in the order of `methods`, whatever the order they are named in."""
     settings = {"data": "polaris"} if value_of(argv, "model") else dict(embedded)
+    task = value_of(argv, "task")
+    if task:
+        settings |= {"data": "", "reward": f"{task}:score"}
     chosen = value_of(argv, "replay", "none").split("+")
     for name, method in methods.items():
         if name in chosen:
@@ -226,6 +230,10 @@ def check_training(config) -> None:
         raise ValueError(f"--betas must be at least 0 and below 1, got {config.betas[0]} and {config.betas[1]}")
     if not 0 <= config.difficulty[0] <= config.difficulty[1] <= 1:
         raise ValueError(f"--difficulty needs two pass rates in [0, 1], the lower first, got {config.difficulty}")
+    if config.task and config.data:
+        raise ValueError("--task has rows of its own; leave out --data or --task")
+    if config.task and not config.task.endswith(".py"):
+        raise ValueError(f"--task {config.task}: give path/to/task.py, a file with rows() and score(responses, golds)")
     if config.model and config.sharing != "digits":
         raise ValueError("--sharing is a knob of the embedded task; leave out --model or --sharing")
     if {"adaptive", "rollout"} <= set(config.replay.split("+")):
@@ -260,8 +268,21 @@ def load_file(path: str):
         spec.loader.exec_module(module)
     except Exception as error:  # it is the user's code
         first = str(error).strip().split("\n")[0]
-        raise ValueError(f"{path} cannot be imported ({type(error).__name__}: {first})") from error
+        line = line_in(path, error)
+        where = f" at line {line}" if line else ""
+        raise ValueError(f"{path} cannot be imported ({type(error).__name__}: {first}{where})") from error
     return module
+
+
+def line_in(path: str, error: Exception) -> int | None:
+    """The line of a user's file at which `error` came about, though it was raised in another file."""
+    if isinstance(error, SyntaxError):
+        return error.lineno
+    lines = []
+    for frame in traceback.extract_tb(error.__traceback__):
+        if os.path.abspath(frame.filename) == os.path.abspath(path):
+            lines.append(frame.lineno)
+    return lines[-1] if lines else None
 
 
 def load_rules(name: str, methods: dict) -> list[type]:
@@ -274,6 +295,19 @@ def load_rules(name: str, methods: dict) -> list[type]:
             f"--replay {name} is not known; choose from {choices}, give file.py:Class, or join some with +"
         )
     return [load_class(rule) if isinstance(rule, str) else rule for rule in methods[name].rules]
+
+
+def choose_rules(replay: str, methods: dict) -> dict[str, type]:
+    """The classes that --replay names, by what each of them decides. ValueError for two that decide the same."""
+    chosen: dict[str, type] = {}
+    for name in replay.split("+") if replay != "none" else []:
+        for rule in load_rules(name, methods):
+            place = decides(rule)
+            if place in chosen:
+                both = f"{chosen[place].__name__} and {rule.__name__}"
+                raise ValueError(f"--replay {replay}: {both} decide the same thing; choose one of them")
+            chosen[place] = rule
+    return chosen
 
 
 def decides(rule: type) -> str:
@@ -313,7 +347,7 @@ def exits(code: int, *kinds: type[Exception], all_ranks: bool = False):
         yield
     except kinds as error:
         if all_ranks or os.environ.get("RANK", "0") == "0":  # the ranks may not have met yet
-            print(f"error: {error}", file=sys.stderr)
+            print("; ".join([f"error: {error}", *getattr(error, "__notes__", [])]), file=sys.stderr)
         else:
             time.sleep(10)  # torchrun ends all ranks with the first that leaves: it has to be the one that speaks
         raise SystemExit(code) from error

@@ -1,5 +1,6 @@
 """The folder of a run, when it begins and when it ends."""
 
+import contextlib
 from pathlib import Path
 
 from support import checkpoint, lives, log, plot, ranks
@@ -25,6 +26,17 @@ def begin(run, settings: dict) -> None:
         going = "nothing left to do" if is_done(run) else "going on"
         where += f", {going} after step {run.step}"
     print(where)
+
+
+@contextlib.contextmanager
+def kept(run):
+    """Adds to an error that ends the run from where it can go on, if it has saved anything."""
+    try:
+        yield
+    except Exception as error:
+        if checkpoint.newest(run.folder):
+            error.add_note(f"what is saved stays: mend it, and go on with --resume --out {run.folder}")
+        raise
 
 
 def end(run, ended_by: int) -> None:

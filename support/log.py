@@ -96,16 +96,15 @@ def rollout_figures(groups: list, replays: set[int]) -> dict:
     back = torch.tensor([group.prompt in replays for group in groups])
     logprobs = torch.cat([answer for group in groups for answer in group.logprobs])
     size = rewards.shape[1]
-    mean = rewards.mean(1)
     # of rewards less their mean, whatever --advantage divides them by
-    distance = (rewards - mean[:, None]).abs().mean(1)
-    right = (mean * size).round().long()
+    distance = (rewards - rewards.mean(1, keepdim=True)).abs().mean(1)
+    right = rewards.clamp(0, 1).sum(1).round().long()
     figures = {
         "reward": rewards.mean().item(),
         "zero_variance": dead.mean().item(),
         "zero_variance_fresh": 0.0,
-        "all_right": (rewards == 1).all(1).float().mean().item(),
-        "all_wrong": (rewards == 0).all(1).float().mean().item(),
+        "all_right": (rewards >= 1).all(1).float().mean().item(),
+        "all_wrong": (rewards <= 0).all(1).float().mean().item(),
         "mean_abs_advantage": distance.mean().item(),
         "replayed": back.float().mean().item(),
         "truncated": sum(sum(group.truncated) for group in groups) / rewards.numel(),
@@ -170,7 +169,7 @@ class Gauge(Saved):
         """Takes in the groups of a step. Returns, over all steps so far, the mean change with its standard
         error and the number of changes, for visits of which there were some."""
         for group in groups:
-            rate = float(group.rewards.mean())
+            rate = float(group.rewards.clamp(0, 1).mean())
             change = rate - self.rate[group.prompt]
             if not np.isnan(change):
                 first = 3 if group.prompt in replays else 0

@@ -18,11 +18,11 @@ import re
 import sys
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from support.config import BOUNDS
-from tasks import data, tiny
+from tasks import data, own, tiny
 
 MOST_SAMPLES = BOUNDS["answers_per_prompt"][1]  # answers to a problem, as in training
 
@@ -34,6 +34,8 @@ class Problem:
     text: str | list[dict]  # plain text, or chat messages
     golds: tuple[str, ...]  # one of them must match
     tolerance: float = 0.0  # plain numbers may be off by this
+    gold: object = field(default=None, compare=False)  # for a reward of the user's: as it stands in the data
+    row: dict | None = field(default=None, compare=False)  # for the same: where it came from
 
     @property
     def id(self) -> str:
@@ -45,22 +47,24 @@ class Problem:
 # ---------------------------------------------------------------- rows in each format become problems
 
 
-def plain(rows: list[dict], where: str, problem_column=None, answer_column=None) -> list[Problem]:
+def plain(rows: list[dict], where: str, problem_column=None, answer_column=None, any_gold=False) -> list[Problem]:
     """Problems of MATH-500, Minerva and local files.
 
-    `where` names the rows in messages. The columns are found by themselves if they have usual names. ValueError says
-    which row or column is wrong.
+    `where` names the rows in messages. The columns are found by themselves if they have usual names. any_gold: for a
+    reward of the user's, which takes golds of any kind, or none. ValueError says which row or column is wrong.
     """
-    pairs = data.from_rows(rows, where, problem_column, answer_column)
+    pairs = data.from_rows(rows, where, problem_column, answer_column, keep="any gold" if any_gold else "row")
+    if any_gold:
+        return [Problem(text, (answer,), 0.0, gold, row) for text, answer, gold, row in pairs]
     column = data.pick_column(rows[0], answer_column, data.ANSWER_COLUMNS, "--answer-column", where)
     problems = []
-    for row, (text, _) in zip(rows, pairs, strict=True):
+    for row, (text, _, gold, _) in zip(rows, pairs, strict=True):
         # the gold is one answer, or a list of which one member must match
         values = row[column]
         if not isinstance(values, list):
             values = [values]
         golds = [data.final_answer(value) for value in values]
-        problems.append(Problem(text, tuple(gold for gold in golds if gold)))
+        problems.append(Problem(text, tuple(filter(None, golds)), 0.0, gold, row))
     return problems
 
 
@@ -74,7 +78,7 @@ def integers(rows: list[dict], where: str, problem_column=None, answer_column=No
             what = f"the answer {gold!r} is no integer, as all of this benchmark are"
             raise ValueError(f"{where} row {n}: {what}")
         whole = int(gold.partition(".")[0])
-        problems.append(Problem(problem.text, (str(whole),)))
+        problems.append(replace(problem, golds=(str(whole),)))
     return problems
 
 
@@ -94,7 +98,7 @@ def olympiad(rows: list[dict], where: str, problem_column=None, answer_column=No
         # of several tolerances the smallest counts
         errors = str(row.get("error") or "").split(",")
         tolerances = [float(error) for error in errors if error.strip()]
-        problems.append(Problem(text, (gold,), min(tolerances, default=0.0)))
+        problems.append(replace(problem, text=text, golds=(gold,), tolerance=min(tolerances, default=0.0)))
     return problems
 
 
@@ -130,16 +134,27 @@ BENCHMARKS = {
 }
 
 
-def load(name: str, revisions: dict[str, str], columns=(None, None)) -> tuple[str, list[Problem], dict]:
-    """Short name, problems and source of `aime24`, of its copy `aime24=FILE`, of `FILE`, or of `embedded`.
+EMBEDDED = {"embedded": "digits", "embedded-columns": "columns", "embedded-none": "none"}  # and their --sharing
+
+
+def load(name: str, revisions: dict[str, str], columns=(None, None), any_gold=False) -> tuple[str, list[Problem], dict]:
+    """Short name, problems and source of `aime24`, of its copy `aime24=FILE`, of `FILE`, of the held-out problems of
+    `task.py`, or of `embedded`, `embedded-columns` and `embedded-none`.
 
     `revisions` (name -> hash) replaces pinned ones. `columns` are those of problem and answer in files, if they have
-    no usual name. ValueError or OSError says in one line what cannot be read.
+    no usual name. any_gold: as for `plain`, in a file of the user's. ValueError or OSError says in one line what cannot
+    be read.
     """
     known, _, copy = name.partition("=")
-    if name == "embedded":
-        _, pairs = tiny.problems("digits", tiny.HELD_OUT)
-        return name, [Problem(text, (gold,)) for text, gold in pairs], {}
+    if name in EMBEDDED:
+        _, pairs = tiny.problems(EMBEDDED[name], tiny.HELD_OUT)
+        return name, [Problem(text, (gold,), 0.0, gold) for text, gold in pairs], {}
+    if own.is_task(name):
+        _, held_out, _ = own.problems(name)
+        if not held_out:
+            raise ValueError(f"{name} has too few rows to hold any out; let rows() return ten or more")
+        problems = [Problem(text, (answer,), 0.0, gold, row) for text, answer, gold, row in held_out]
+        return Path(name).stem, problems, {"task": name}
 
     # a file of the user's own
     if known not in BENCHMARKS:
@@ -148,7 +163,7 @@ def load(name: str, revisions: dict[str, str], columns=(None, None)) -> tuple[st
             raise ValueError(
                 f"no benchmark {name!r}; choose from {names}, embedded, or name a .jsonl or other data file"
             )
-        return Path(name).stem, plain(data.read_rows(name), name, *columns), {"file": name}
+        return Path(name).stem, plain(data.read_rows(name), name, *columns, any_gold), {"file": name}
 
     # a benchmark that we know, from a copy of it or from the hub
     benchmark = BENCHMARKS[known]
@@ -180,13 +195,13 @@ def by_name(values: tuple[str, ...], flag: str, names: list[str]) -> dict[str, s
     return settings
 
 
-def load_all(names: tuple[str, ...], revisions: tuple[str, ...], columns=(None, None)) -> list[tuple]:
+def load_all(names: tuple[str, ...], revisions: tuple[str, ...], columns=(None, None), any_gold=False) -> list[tuple]:
     """What `load` returns for each of `names`; `revisions` are NAME=HASH.
 
     ValueError or OSError says in one line what cannot be read, or which short name is there twice.
     """
     pinned = by_name(revisions, "--revision", list(BENCHMARKS))
-    loaded = [load(name, pinned, columns) for name in names]
+    loaded = [load(name, pinned, columns, any_gold) for name in names]
     short, times = Counter(short for short, _, _ in loaded).most_common(1)[0]
     if times > 1:
         raise ValueError(f"two benchmarks are called {short!r}; rename a file")

@@ -51,7 +51,7 @@ BOX = re.compile(r"\\(?:boxed|fbox)(?:\s*(?P<brace>\{)|\s+(?P<bare>[^\s{}$.]+))"
 # 3/8, 0.375 or 3.75e-1. An exponent is bounded, because a Fraction holds all its digits.
 PASS_RATE = re.compile(r"[-+]?(?:\d+/0*[1-9]\d*|(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d{1,3})?)")
 
-Pair = tuple[str | list[dict], str]  # problem (text or chat messages), answer
+Pair = tuple  # problem (text or chat messages) and answer; where rows are kept, the gold as it stands, and the row, too
 
 
 @dataclass(frozen=True)
@@ -61,8 +61,10 @@ class Prompt:
 
     index: int
     text: str | list[dict]  # plain text, or chat messages
-    answer: str
+    answer: str  # the final answer alone
     ids: tuple[int, ...] = ()
+    gold: object = None  # for a reward of the user's: the answer as it stands in the data
+    row: dict | None = None  # for the same: where it came from
 
 
 @dataclass(frozen=True)
@@ -290,11 +292,13 @@ def from_rows(
     answer_column: str | None = None,
     source: Source | None = None,
     left_out: Counter | None = None,
+    keep: str = "",
 ) -> list[Pair]:
     """(problem, answer) pairs. ValueError names the row whose problem or answer is missing, empty or too long.
 
     With a Counter `left_out`, for data that is not the user's own, such a row is left out and counted, and wrappers
-    are taken off. `source` says which columns there are.
+    are taken off. `source` says which columns there are. keep: "row" adds the gold as it stands there, and the row, to
+    each pair; "any gold" does so too, and takes every gold, or none, for an answer.
     """
     problems = source.problem if source else PROBLEM_COLUMNS
     answers = source.answer if source else ANSWER_COLUMNS
@@ -304,18 +308,21 @@ def from_rows(
         # The columns are those of the first row.
         if not problem:
             problem = pick_column(row, problem_column, problems, "--problem-column", path)
-            answer = pick_column(row, answer_column, answers, "--answer-column", path)
+            if answer_column or keep != "any gold" or set(answers) & set(row):
+                answer = pick_column(row, answer_column, answers, "--answer-column", path)
 
         # What is wrong with this row? Long texts are not even searched for an answer.
         text = gold = ""
-        size = max(length(row.get(problem)), length(row.get(answer)))
+        size = length(row.get(problem))
+        if keep != "any gold":
+            size = max(size, length(row.get(answer)))
         if size <= LONGEST_TEXT:
             text = question(row.get(problem))
-            gold = final_answer(row.get(answer))
+            gold = final_answer(row.get(answer)) if keep != "any gold" else str(row.get(answer, ""))
         if left_out is not None:
             text = unwrap(text)
-        if text and gold:
-            pairs.append((text, gold))
+        if text and (gold or keep == "any gold"):
+            pairs.append((text, gold, row.get(answer), dict(row)) if keep else (text, gold))
             continue
         if left_out is not None:
             left_out["without problem or answer" if size <= LONGEST_TEXT else "too long"] += 1
@@ -400,15 +407,22 @@ def unwrap(problem: str | list[dict]) -> str | list[dict]:
     return problem
 
 
+def source_of(name: str) -> Source | None:
+    """The known set that --data `name` is, or is a copy of."""
+    known = name.partition("=")[0]
+    for short, source in SOURCES.items():
+        if known in (short, source.hub):
+            return source
+    return None
+
+
 def load_pairs(
-    name, problem_column=None, answer_column=None, difficulty=(0, 1), config=None, split=None, revision=None
+    name, problem_column=None, answer_column=None, difficulty=(0, 1), config=None, split=None, revision=None, keep=""
 ):
-    """Pairs of --data `name`, and a Counter of what was met on the way. ValueError or OSError in one line."""
+    """Pairs of --data `name`, and a Counter of what was met on the way. ValueError or OSError in one line. keep: as in
+    `from_rows`; a known set has golds that its own verifier needs."""
     known, _, copy = name.partition("=")
-    source = SOURCES.get(known)
-    for other in SOURCES.values():
-        if other.hub == known:
-            source = other
+    source = source_of(name)
     counts: Counter = Counter()
     own = source is None and is_file(name)  # what is wrong in it can be mended
 
@@ -432,7 +446,9 @@ def load_pairs(
 
     maths = source is None or source.maths
     rows = select(rows, where, maths, difficulty, counts)
-    pairs = from_rows(rows, where, problem_column, answer_column, source, None if own else counts)
+    if source and keep:
+        keep = "row"
+    pairs = from_rows(rows, where, problem_column, answer_column, source, None if own else counts, keep)
     return pairs, counts
 
 
@@ -482,11 +498,11 @@ def joined_fraction(match: re.Match) -> str:
     return f"frac{match[1]}_{match[2]}" if match[1] else "frac"
 
 
-def clean(cfg, evaluation: dict[str, list], missing: list[str]) -> tuple[list[Pair], str]:
+def clean(cfg, evaluation: dict[str, list], missing: list[str], keep: str = "") -> tuple[list[Pair], str]:
     """Different problems of `cfg.data`, none of `evaluation` (benchmark -> problems), and a line of what
     went."""
     columns = (cfg.problem_column, cfg.answer_column)
-    pairs, counts = load_pairs(cfg.data, *columns, cfg.difficulty, **hub_options(cfg.data_options))
+    pairs, counts = load_pairs(cfg.data, *columns, cfg.difficulty, **hub_options(cfg.data_options), keep=keep)
     places = {}
     for benchmark, problems in evaluation.items():
         for problem in problems:
@@ -494,7 +510,8 @@ def clean(cfg, evaluation: dict[str, list], missing: list[str]) -> tuple[list[Pa
 
     # The first of several problems that are the same is kept.
     kept: dict[str, Pair] = {}
-    for problem, answer in pairs:
+    for pair in pairs:
+        problem, answer = pair[:2]
         key = normal(problem)
         if key in places:
             counts[f"in {places[key]}"] += 1
@@ -502,7 +519,7 @@ def clean(cfg, evaluation: dict[str, list], missing: list[str]) -> tuple[list[Pa
             counts["repeated"] += 1
             counts["of these with another answer"] += kept[key][1] != answer
         else:
-            kept[key] = (problem, answer)
+            kept[key] = pair
     left = list(kept.values())
 
     what = ", ".join(f"{number:,} {kind}" for kind, number in counts.items() if number)
@@ -529,9 +546,9 @@ def evaluation_problems(names: Iterable[str], load: Callable[[str], list]) -> tu
 
 
 def fingerprint(pairs: Iterable[Pair]) -> str:
-    """sha256 over problems and answers."""
-    listed = [(problem, answer) for problem, answer in pairs]
-    return hashlib.sha256(json.dumps(listed).encode()).hexdigest()
+    """sha256 over problems and answers, and over rows where they are kept."""
+    listed = [tuple(pair) for pair in pairs]
+    return hashlib.sha256(json.dumps(listed, default=str).encode()).hexdigest()
 
 
 def split(pairs: list[Pair], held_out: int, seed: int = 0) -> tuple[list[Pair], list[Pair]]:
@@ -544,12 +561,14 @@ def split(pairs: list[Pair], held_out: int, seed: int = 0) -> tuple[list[Pair], 
 # ---- what the model sees
 
 
-def encode(pairs: list[Pair], tokenizer, max_tokens: int, thinking: bool | None = None) -> tuple[list[Prompt], int]:
+def encode(
+    pairs: list[Pair], tokenizer, max_tokens: int, thinking: bool | None = None, instruction: str = "auto"
+) -> tuple[list[Prompt], int]:
     """Prompts with token ids, and how many were left out for being longer than `max_tokens` (never cut).
 
     With a chat template text is put to it with INSTRUCTION, unless it asks for a box itself; messages are put to it
     as they are. Without one, text goes as it is. `thinking` is the template's enable_thinking; None: its own
-    default.
+    default. `instruction`: another one, which every text gets, or none.
     """
     template = str(tokenizer.chat_template or "")
     # Without return_dict=False transformers 5 returns a BatchEncoding, whose length is its number of keys.
@@ -563,26 +582,34 @@ def encode(pairs: list[Pair], tokenizer, max_tokens: int, thinking: bool | None 
         options["enable_thinking"] = thinking
 
     prompts: list[Prompt] = []
-    for text, answer in pairs:
+    for text, answer, *more in pairs:
         if template:
-            messages = as_messages(text)
+            messages = as_messages(text, instruction)
             ids = tokenizer.apply_chat_template(messages, **options)
+        elif isinstance(text, str):
+            ids = plain_ids(text if instruction == "auto" else instructed(text, instruction), tokenizer)
         else:
-            text = text if isinstance(text, str) else "\n".join(message["content"] for message in text)
+            text = "\n".join(message["content"] for message in text)
             ids = plain_ids(text, tokenizer)
         # One beginning-of-sequence token may be in the text, and one more come from the tokenizer.
         if len(ids) > 1 and ids[0] == ids[1] == tokenizer.bos_token_id:
             ids = ids[1:]
         if len(ids) <= max_tokens:
-            prompts.append(Prompt(len(prompts), text, answer, tuple(ids)))
+            prompts.append(Prompt(len(prompts), text, answer, tuple(ids), *(more or [answer])))
     return prompts, len(pairs) - len(prompts)
 
 
-def as_messages(text: str | list[dict]) -> list[dict]:
+def instructed(text: str, instruction: str) -> str:
+    """A problem with --instruction: auto (INSTRUCTION, unless it asks for a box itself), none, or a text."""
+    if instruction == "none" or (instruction == "auto" and ASKS_FOR_BOX.search(text)):
+        return text
+    return text + (INSTRUCTION if instruction == "auto" else f"\n\n{instruction}")
+
+
+def as_messages(text: str | list[dict], instruction: str = "auto") -> list[dict]:
     if isinstance(text, list):
         return text
-    more = "" if ASKS_FOR_BOX.search(text) else INSTRUCTION
-    return [{"role": "user", "content": text + more}]
+    return [{"role": "user", "content": instructed(text, instruction)}]
 
 
 def plain_ids(text: str, tokenizer) -> list[int]:

@@ -1,15 +1,24 @@
 """The prompts of a run: from the embedded task, or from data; cleaned, split, and as token ids."""
 
 from support import ranks
-from tasks import benchmarks, data, tiny
+from tasks import benchmarks, data, own, tiny
 
 
 def load_prompts(cfg, tokenizer) -> tuple[list[data.Prompt], list[data.Prompt]]:
     """Training and held-out prompts; the first rank prints what was left out. ValueError or OSError in one
     line."""
     notes = []
-    if cfg.data:
-        pairs, note = clean_pairs(cfg)
+    instruction = cfg.instruction
+    scorers = [own.Scorer(name) for name in {cfg.reward: 0, cfg.judge: 0} if own.is_own(name)]
+    if cfg.task:
+        pairs, held_out, note = own.problems(cfg.task)
+        held_out = held_out[: cfg.eval_prompts]
+        notes.append(note)
+        instruction = "none" if instruction == "auto" else instruction  # rows() writes whole prompts
+    elif cfg.data:
+        # A built-in judge needs golds that it can read; functions of the user's take any.
+        built_in = not own.is_own(cfg.reward) or (cfg.judge and not own.is_own(cfg.judge))
+        pairs, note = clean_pairs(cfg, ("row" if built_in else "any gold") if scorers else "")
         pairs, held_out = data.split(pairs, min(cfg.eval_prompts, len(pairs) // 10))
         notes.append(f"{note}; {len(held_out)} of them held out for evaluation")
         if not tokenizer.chat_template:
@@ -21,8 +30,11 @@ def load_prompts(cfg, tokenizer) -> tuple[list[data.Prompt], list[data.Prompt]]:
 
     # From text to token ids, once and for all.
     thinking = {"on": True, "off": False}.get(cfg.thinking)
-    prompts, skipped = data.encode(pairs, tokenizer, cfg.max_prompt_tokens, thinking)
-    held_out, _ = data.encode(held_out if cfg.eval_every else [], tokenizer, cfg.max_prompt_tokens, thinking)
+    limits = (tokenizer, cfg.max_prompt_tokens, thinking, instruction)
+    prompts, skipped = data.encode(pairs, *limits)
+    held_out, _ = data.encode(held_out if cfg.eval_every else [], *limits)
+    for scorer in scorers:
+        scorer.check(prompts + held_out)
     if skipped:
         notes.append(f"{skipped} of {len(prompts) + skipped} prompts exceed {cfg.max_prompt_tokens} tokens: left out")
     if notes and ranks.is_main():
@@ -35,13 +47,13 @@ def load_prompts(cfg, tokenizer) -> tuple[list[data.Prompt], list[data.Prompt]]:
     return prompts, held_out
 
 
-def clean_pairs(cfg) -> tuple[list[data.Pair], str]:
+def clean_pairs(cfg, keep: str = "") -> tuple[list[data.Pair], str]:
     """Different problems of `cfg.data`, none of them in a benchmark of eval.py, and a line of what went."""
     names = benchmarks.BENCHMARKS
     if cfg.keep_overlap or data.is_file(cfg.data):
         names = ()
     tests, missing = data.evaluation_problems(names, benchmark_texts)
-    return data.clean(cfg, tests, missing)
+    return data.clean(cfg, tests, missing, keep)
 
 
 def benchmark_texts(name: str) -> list:
@@ -52,7 +64,10 @@ def benchmark_texts(name: str) -> list:
 def digest(prompts: list[data.Prompt]) -> str:
     """sha256 of problems and answers: a run is resumed on the data it was started on. ValueError if the ranks, each of
     which has read its own copy, have different ones."""
-    found = data.fingerprint((prompt.text, prompt.answer) for prompt in prompts)
+    pairs = []
+    for prompt in prompts:
+        pairs.append((prompt.text, prompt.answer) if prompt.row is None else (prompt.text, prompt.answer, prompt.row))
+    found = data.fingerprint(pairs)
     if not ranks.agree(found):
         raise ValueError("the ranks have read different data; give all of them the same copy of --data")
     return found

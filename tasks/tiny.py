@@ -20,6 +20,7 @@ What one prompt teaches about others decides whether replay pays (lab/LOG.md), s
 
 import argparse
 import fcntl
+import json
 import math
 import random
 import shutil
@@ -89,11 +90,10 @@ def make_tokenizer():
     )
 
 
-def make_model(seed: int):
-    from transformers import Qwen3Config, Qwen3ForCausalLM
+def make_config():
+    from transformers import Qwen3Config
 
-    torch.manual_seed(seed)
-    config = Qwen3Config(
+    return Qwen3Config(
         vocab_size=len(ALPHABET) + 2,
         hidden_size=128,
         intermediate_size=256,
@@ -109,7 +109,13 @@ def make_model(seed: int):
         eos_token_id=1,
         bos_token_id=None,
     )
-    return Qwen3ForCausalLM(config)
+
+
+def make_model(seed: int):
+    from transformers import Qwen3ForCausalLM
+
+    torch.manual_seed(seed)
+    return Qwen3ForCausalLM(make_config())
 
 
 class Pupil:
@@ -233,6 +239,24 @@ def is_made(out: Path) -> bool:
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{out} is in the place of the embedded model, and is no model; move it away")
     return False
+
+
+def sharing_of(path: str) -> str:
+    """Which embedded task a model's folder is of, as --sharing names it; "" for any other model."""
+    folder = Path(path)
+    try:
+        config = json.loads((folder / "config.json").read_text())
+    except (OSError, ValueError):
+        return ""
+    own = make_config()
+    if any(config.get(name) != getattr(own, name) for name in ("model_type", "vocab_size", "hidden_size")):
+        return ""
+
+    # A trained one lies in its run's folder. One that was only made says it by its name.
+    run = folder.parent / "config.json"
+    if run.exists():
+        return json.loads(run.read_text()).get("sharing", "digits")
+    return next((sharing for sharing in STEPS if folder.name.endswith(f"-{sharing}")), "digits")
 
 
 def make(out: str | Path, seed: int = 0, steps: int = 0, sharing: str = "digits") -> Path:

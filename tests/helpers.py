@@ -79,6 +79,7 @@ def run_store(store, steps, per_step=3, places=6, lag=0, **kind) -> list[list[Gr
     batches = []
     for step in steps:
         useful = [group(i, birth=step - lag, **kind) for i in range(per_step)]
+        store.watch(useful, step)
         batches.append(store.complete(useful, places, step))
     return batches
 

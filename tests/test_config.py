@@ -300,9 +300,10 @@ def test_a_users_file_may_have_dataclasses(tmp_path):
 
 BROKEN = {
     "def f(:": r"cannot be imported \(SyntaxError: ",
-    "raise KeyError('gone')": r"cannot be imported \(KeyError: 'gone'\)",
-    "import no_such_module": r"cannot be imported \(ModuleNotFoundError: No module named 'no_such_module'\)",
-    "raise ValueError('one\\ntwo')": r"cannot be imported \(ValueError: one\)",
+    "x = 1\nraise KeyError('gone')": r"cannot be imported \(KeyError: 'gone' at line 2\)",
+    "import no_such_module": r"cannot be imported \(ModuleNotFoundError: No module named 'no_such_module' at line 1\)",
+    "raise ValueError('one\\ntwo')": r"cannot be imported \(ValueError: one at line 1\)",
+    "import json\n\njson.loads('{')": r"cannot be imported \(JSONDecodeError: .* at line 3\)",
     "def Pace(): ...": "has no class 'Pace'",
     "class Peace: ...": "has no class 'Pace'",
 }

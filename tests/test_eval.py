@@ -329,7 +329,7 @@ def test_another_number_of_answers_is_another_file(script, file, tmp_path):
 
 def test_reward_of_the_user_decides_and_only_a_whole_one_is_right(script, file, tmp_path):
     user = tmp_path / "mine.py"
-    user.write_text("def half(responses, golds):\n    return [0.5 * ('box' in r) + 0.5 * (g in r) for r, g in "
+    user.write_text("def half(responses, golds):\n    return [0.5 * ('box' in r) + 0.5 * (str(g) in r) for r, g in "
                     "zip(responses, golds)]\n")  # fmt: skip
     assert run(file, tmp_path / "out", "--reward", f"{user}:half") == 0
     assert results(tmp_path / "out")["benchmarks"]["mine"]["avg"]["mean"] == pytest.approx(19 / 60)
@@ -374,7 +374,7 @@ BAD = {
     "revision": (["--revision", "aime26=abc"], "--revision: no 'aime26' here; there is aime24, aime25"),
     "thinking": (["--thinking"], "--thinking cannot be set"),
     "no thinking": (["--no-thinking"], "--thinking cannot be set"),
-    "reward": (["--reward", "nonsense"], "--reward nonsense"),
+    "reward": (["--reward", "nonsense"], "no reward 'nonsense'"),
     "twice": (["--benchmarks", "{tmp}/mine.jsonl", "{tmp}/b/mine.jsonl"], "two benchmarks are called 'mine'"),
     "no baseline": (["--baseline", "none.json"], "no results at none.json; give a results.json"),
     "no results": (["--baseline", "{tmp}/mine.jsonl"], "mine.jsonl holds no results"),
@@ -428,7 +428,7 @@ def test_reward_of_the_user_that_fails_is_named(script, file, tmp_path, capsys):
     user = tmp_path / "mine.py"
     user.write_text("def short(responses, golds):\n    return [1.0]\n")
     assert run(file, tmp_path / "out", "--reward", f"{user}:short") == 2
-    assert re.search(r"^error: --reward \S+mine.py:short: return a list of \d+ rewards", capsys.readouterr().err, re.M)
+    assert re.search(r"^error: \S+mine.py:short: return a list of \d+ rewards", capsys.readouterr().err, re.M)
 
 
 def test_knobs_reach_the_engine(script, file, tmp_path, monkeypatch):

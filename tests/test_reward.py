@@ -787,12 +787,11 @@ def test_a_reward_of_the_user(tmp_path, line):
         ("return 1.0", "a list of 2 rewards"),
         ("return None", "a list of 2 rewards"),
         ("return '10'", "a list of 2 rewards"),
-        ("return [1.0, 1.5]", "from 0 to 1, not 1.5"),
-        ("return [1.0, -0.1]", "from 0 to 1, not -0.1"),
-        ("return [1.0, math.nan]", "from 0 to 1, not nan"),
-        ("return [1.0, math.inf]", "from 0 to 1, not inf"),
-        ("return [1.0, None]", "from 0 to 1, not None"),
-        ("return [1.0, '1']", "from 0 to 1, not '1'"),
+        ("return {1: 1.0, 2: 0.0}", "a list of 2 rewards, one for each response, not dict"),
+        ("return [1.0, math.nan]", "finite numbers, not nan"),
+        ("return [1.0, math.inf]", "finite numbers, not inf"),
+        ("return [1.0, None]", "finite numbers, not None"),
+        ("return [1.0, '1']", "finite numbers, not '1'"),
     ],
 )
 def test_a_reward_of_the_user_that_returns_the_wrong_thing(tmp_path, line, message):

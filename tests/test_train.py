@@ -397,10 +397,10 @@ def test_problems_that_the_embedded_model_cannot_read(tmp_path, capsys):
 
 
 BROKEN = {
-    "raise KeyError('gone')": "KeyError: 'gone', line 2",
+    "raise KeyError('gone')": "mine.py, line 2 (KeyError: 'gone')",
     "return [1.0]": "return a list of",
-    "return [float('nan')] * len(responses)": "from 0 to 1, not nan",
-    "return [-1] * len(responses)": "from 0 to 1, not -1",
+    "return [float('nan')] * len(responses)": "finite numbers, not nan",
+    "return [None] * len(responses)": "finite numbers, not None",
 }
 
 

@@ -370,7 +370,7 @@ def test_a_users_class_decides_prompts_extra_or_what_it_says(tmp_path):
 
 
 LACKING = {
-    "class Mine: ...": "Mine has no complete, attach, learn, figures, .*replay.ReplayStore",
+    "class Mine: ...": "Mine has no complete, watch, attach, learn, figures, .*replay.ReplayStore",
     "class Mine:\n    def draw(self, n, step): ...": "Mine has no observe, .*replay.Uniform",
     "import replay\nclass Mine(replay.Uniform):\n    DECIDES = 'answers'": "Mine.DECIDES must be one of prompts, ",
     "import replay\nclass Mine(replay.ReplayStore):\n    figures = 1": "Mine has no complete:",

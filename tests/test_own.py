@@ -27,10 +27,10 @@ def run(out: Path, *flags: str) -> list[dict]:
     return plot.read(out / "metrics.jsonl")
 
 
-def refused(capsys, *words: str) -> str:
+def refused(capsys, *words: str, program=train) -> str:
     """The one line that a mistake ends in."""
     with pytest.raises(SystemExit) as stop:
-        train.main([*SMALL, *words])
+        program.main([*(SMALL if program is train else []), *words])
     lines = capsys.readouterr().err.strip().splitlines()
     assert stop.value.code == 2 and lines[-1].startswith("error: "), lines
     assert sum("error: " in line for line in lines) == 1 and "Traceback" not in "".join(lines)
@@ -257,10 +257,9 @@ def test_eval_asks_what_training_has_held_out_of_a_task(tmp_path, capsys):
         right = row["response"].rpartition("=")[2].lstrip("0") == str(held_out[row["problem"]][3]["sum"])
         assert row["score"] == right
     assert 0 < found["avg"]["mean"] < 1
-    assert eval.main(["--task", task, "--benchmarks", "aime24"]) == 2
-    assert "leave out --task or --benchmarks" in capsys.readouterr().err
-    assert eval.main(["--task", write(tmp_path / "few.py", TASK.format(count=8))]) == 2
-    assert "too few rows to hold any out" in capsys.readouterr().err
+    assert "leave out --task or --benchmarks" in refused(capsys, "--task", task, "--benchmarks", "x", program=eval)
+    few = write(tmp_path / "few.py", TASK.format(count=8))
+    assert "too few rows to hold any out" in refused(capsys, "--task", few, program=eval)
 
 
 def test_a_reward_of_the_users_own_has_the_columns_of_a_file_in_eval(tmp_path, capsys):
@@ -275,8 +274,8 @@ def test_a_reward_of_the_users_own_has_the_columns_of_a_file_in_eval(tmp_path, c
     assert eval.main([*flags, "--reward", f"{mine}:right"]) == 0
     assert 0 < json.loads((tmp_path / "eval" / "results.json").read_text())["benchmarks"]["mine"]["avg"]["mean"] < 1
     write(tmp_path / "mine.py", code.replace("level", "depth"))
-    assert eval.main([*flags, "--reward", f"{mine}:right"]) == 2
-    assert "asks for a column 'depth' that is not there; there is problem, answer, level" in capsys.readouterr().err
+    error = refused(capsys, *flags, "--reward", f"{mine}:right", program=eval)
+    assert "asks for a column 'depth' that is not there; there is problem, answer, level" in error
 
 
 @pytest.mark.parametrize(

@@ -20,8 +20,8 @@ from pathlib import Path
 
 import numpy as np
 
-from lab import demo_figure
-from support import plot, stats
+from lab import demo_figure, gpus
+from support import costs, plot, stats
 from support.config import ROOT, parse
 
 COSTS = {"rollouts": "rollouts", "tokens": "sampled tokens", "optimizer_steps": "optimiser steps", "seconds": "seconds"}
@@ -405,6 +405,9 @@ def tables() -> dict[str, str]:
         made[name] = overview_table(read_results(name))
     made["seconds"] = overview_table(read_results("seconds"), "seconds")
     made["map"] = map_table(read_map())
+    made["gpus"] = gpus.table()
+    made["gpus-8b"] = gpus.table(gpus.ROWS[:4])
+    made["cards"] = costs.cards_table()
     return made
 
 

@@ -23,24 +23,35 @@ THREADS = torch.get_num_threads()  # before vLLM is imported, which leaves the p
 def wants_offload(cfg, path: str) -> bool:
     """Whether float32 weights and AdamW go to host memory, for a run of the model at `path`. Prints it and why.
 
-    ValueError, in one line, for an --offload on that cannot be meant, or for which host memory is too small.
+    ValueError, in one line, for an --offload on that cannot be meant, or for which host memory is too small; and for
+    an --offload auto where by the plan nothing fits.
     """
     if cfg.offload != "on" and not torch.cuda.is_available():
         return False
     kind, _ = plan.read(path)
     sizes = plan.shape(kind)
-    _, gpu = plan.found_gpus()
     has = plan.host_memory()
-    place, reason = plan.choose(sizes, cfg, ranks.WORLD, gpu, has)
+
+    # What other programs hold of a GPU is not there for the plan. Ranks decide alike, by the fullest.
+    _, gpu = plan.found_gpus()
+    free = -ranks.largest(-plan.free_memory()) if gpu else 0.0
+    found = plan.plan(sizes, cfg, ranks.WORLD, min(gpu, free), has)
+    taken = ""
+    if free < gpu:
+        taken = f"; other programs hold {plan.size(gpu - free)} GiB of the GPU, see nvidia-smi"
+    place = found["place"]
     needs = plan.HOST * sizes["parameters"]
     if place == "host" and 0 < has < needs:
         raise ValueError(
             f"--offload on needs {plan.size(needs)} GiB of host memory for float32 weights and AdamW's moments, "
             f"and {plan.size(has)} GiB can be had; take a machine with more, or --offload off"
         )
+    if cfg.offload == "auto" and gpu and not found["fits"]:
+        verdict = plan.verdict(sizes, cfg, found)
+        raise ValueError(f"by the plan it {verdict}{taken} (--offload on or off starts it all the same)")
     if ranks.is_main():
-        where = "in host memory" if place == "host" else "on the GPU"
-        print(f"float32 weights and AdamW: {where} ({reason})")
+        where = {"host": "in host memory", "gpu": "on the GPU", "sharded": "sharded over the GPUs"}[place]
+        print(f"float32 weights and AdamW: {where} ({found['reason']}{taken})")
     return place == "host"
 
 

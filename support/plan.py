@@ -29,10 +29,12 @@ import dataclasses
 import json
 import os
 import re
+import resource
 from pathlib import Path
 
 import torch
 
+from support import costs
 from support.vllm_quirks import GIB, RESERVE, vllm_options
 
 USABLE = 0.97  # of a GPU; the rest is the driver's
@@ -464,6 +466,13 @@ def found_gpus(flag: str = "") -> tuple[int, float]:
     return count, float(torch.cuda.get_device_properties(0).total_memory)
 
 
+def free_memory() -> float:
+    """Bytes of this GPU that this process can have: all, but for what other programs hold."""
+    free, total = torch.cuda.mem_get_info()
+    own = CONTEXT + torch.cuda.memory_reserved()
+    return float(total if total - free <= own else free + torch.cuda.memory_reserved())
+
+
 def host_memory(root: Path = Path("/")) -> float:
     """Bytes of host memory that this process can still have; 0 where it cannot be known.
 
@@ -586,11 +595,17 @@ def out_of_memory(cfg, config) -> str:
     """What to tell whose run got out of GPU memory, in one line."""
     s = shape(config)
     count = int(os.environ.get("WORLD_SIZE", 1))
-    found = plan(s, cfg, count, found_gpus()[1], host_memory())
+    own = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # the run's masters may be part of it
+    found = plan(s, cfg, count, found_gpus()[1], host_memory() + own)
     line = verdict(s, cfg, found)
     if found["fits"]:
-        line = f"by the plan it {line}. Is another process on it? Else lower --tokens-per-microbatch or --gpu-memory"
-    return f"out of GPU memory: {line} (the plan: --dry-run)"
+        options = ["--gpu-memory below what vLLM took"]
+        if cfg.tokens_per_microbatch > longest(cfg):
+            options.insert(0, f"--tokens-per-microbatch {longest(cfg)}")
+        if found["place"] == "gpu" and cfg.optimizer == "adamw":
+            options.insert(0, "--offload on")
+        line = f"by the plan it {line}. Is another process on it? Else change {', or '.join(options)}"
+    return f"out of GPU memory: {line} (the plan: --dry-run); --resume goes on from the newest checkpoint"
 
 
 class OutOfMemory(ValueError):
@@ -643,6 +658,11 @@ def report(cfg, given: list[str], config, tokenizer, prompts: list) -> str:
         f"{most:,} tokens; {mean:,} if answers are half of --max-tokens on average",
         f"model: {s['parameters']:,} parameters in {s['layers']} layers, context {s['context']:,}",
         table(found),
-        verdict(s, cfg, found),
     ]
+    if cfg.gpus and found["place"] == "host" and host_memory():
+        lines.append(f"host memory that is free on this machine, if it is the one: {size(host_memory())} GiB")
+    lines.append(verdict(s, cfg, found))
+    if gpu:
+        name = "" if cfg.gpus else torch.cuda.get_device_name()
+        lines.append(costs.line(s, cfg, found, name))
     return "\n".join(lines)

@@ -1,6 +1,7 @@
 """Offload is the run without, bit for bit; and why the masters are needed at all."""
 
 import copy
+import dataclasses
 import json
 import os
 
@@ -12,6 +13,7 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 
 import grpo
 import train
+from lab import gpus
 from support import checkpoint, model, offload, plan, plot, ranks
 from tasks import tiny
 
@@ -291,40 +293,64 @@ def test_a_cpu_does_not_choose_it_and_says_nothing(capsys):
     assert capsys.readouterr().out == ""
 
 
-# layers, hidden size, size of the MLP, query heads, tied: as Qwen3's config.json has them
-SHAPES = {"0.6B": (28, 1024, 3072, 16, True), "8B": (36, 4096, 12288, 32, False)}
+@pytest.fixture
+def one_gpu(monkeypatch):
+    """A function that makes this a machine with so many GiB on its GPU, free there, and free on the host."""
+
+    def make(model: str, gpu: float, free: float, host: float) -> train.Config:
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(plan, "found_gpus", lambda: (8, gpu * GIB))  # one rank has one, however many there are
+        monkeypatch.setattr(plan, "free_memory", lambda: free * GIB)
+        monkeypatch.setattr(plan, "host_memory", lambda: host * GIB)
+        monkeypatch.setattr(plan, "read", lambda _: (Qwen3Config(**gpus.sizes_of(model)), None))
+        return train.Config(model=model)
+
+    return make
 
 
 @pytest.mark.parametrize(
-    ("size", "host", "offloads", "reason"),
+    ("model", "host", "offloads", "reason"),
     [
-        ("0.6B", 500, False, "fits"),
-        ("8B", 500, True, "do not fit"),
-        ("8B", 90, False, "the host"),
+        ("Qwen3-0.6B", 500, False, "on the GPU (everything fits there)"),
+        ("Qwen3-8B", 500, True, "in host memory (on the GPU they do not fit"),
     ],
 )
-def test_one_gpu_of_80_gb_chooses_by_what_fits(monkeypatch, capsys, size, host, offloads, reason):
-    layers, hidden, mlp, heads, tied = SHAPES[size]
-    config = Qwen3Config(
-        vocab_size=151_936,
-        hidden_size=hidden,
-        intermediate_size=mlp,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        num_key_value_heads=8,
-        head_dim=128,
-        max_position_embeddings=40_960,
-        tie_word_embeddings=tied,
-    )
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(plan, "found_gpus", lambda: (8, 79.1 * GIB))  # one rank has one, however many there are
-    monkeypatch.setattr(plan, "host_memory", lambda: host * GIB)
-    monkeypatch.setattr(plan, "read", lambda _: (config, None))
-    cfg = train.Config(model="Qwen3")
-    assert offload.wants_offload(cfg, "Qwen3") == offloads
+def test_one_gpu_of_80_gb_chooses_by_what_fits(one_gpu, capsys, model, host, offloads, reason):
+    cfg = one_gpu(model, 79.1, 79.1, host)
+    assert offload.wants_offload(cfg, model) == offloads
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 1 and reason in lines[0]
     assert json.dumps(lines[0]).isascii()
+
+
+@pytest.mark.parametrize(
+    ("gpu", "free", "host", "message"),
+    [
+        (79.1, 79.1, 90, "the host would need 98.4 GiB of memory for them and has 90.0; change 2 such GPUs"),
+        (79.1, 40, 500, "does not fit 1 GPU of 40 GB .*; other programs hold 39.1 GiB of the GPU, see nvidia-smi"),
+        (23.6, 23.6, 500, "does not fit 1 GPU of 24 GB .* take larger GPUs or a smaller model"),
+    ],
+)
+def test_auto_refuses_what_does_not_fit_before_it_loads(one_gpu, gpu, free, host, message):
+    cfg = one_gpu("Qwen3-8B", gpu, free, host)
+    with pytest.raises(ValueError, match=message) as error:
+        offload.wants_offload(cfg, "Qwen3-8B")
+    assert "\n" not in str(error.value) and "--offload on or off starts it" in str(error.value)
+    assert not offload.wants_offload(dataclasses.replace(cfg, offload="off"), "Qwen3-8B")
+
+
+def test_a_gpu_that_others_use_in_part_is_planned_with_what_is_free(one_gpu, capsys):
+    assert not offload.wants_offload(one_gpu("Qwen3-4B", 80, 80, 500), "Qwen3-4B")
+    assert offload.wants_offload(one_gpu("Qwen3-4B", 80, 60, 500), "Qwen3-4B")
+    assert "other programs hold 20.0 GiB" in capsys.readouterr().out
+
+
+def test_free_memory_is_all_but_what_other_programs_hold(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda: 3 * GIB)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (76 * GIB, 80 * GIB))  # CUDA's own, and ours
+    assert plan.free_memory() == 80 * GIB
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (37 * GIB, 80 * GIB))
+    assert plan.free_memory() == 40 * GIB
 
 
 def test_the_choice_may_change_on_resume():

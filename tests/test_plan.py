@@ -8,6 +8,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, Qwen3Config
 
+from lab import gpus
 from support import plan
 from tasks import data, tiny
 
@@ -32,6 +33,9 @@ class Config:
     gpu_memory: float = 0.0
     vllm: str = ""
     gpus: str = ""
+    steps: int = 500
+    epochs: int = 1
+    minibatches: int = 1
 
 
 def cache(gigabytes: float) -> str:
@@ -52,12 +56,7 @@ def qwen3(hidden, layers, heads, kv_heads, size, mlp, tied, vocabulary=151_936, 
     )
 
 
-MODELS = {
-    "Qwen3-0.6B": qwen3(1024, 28, 16, 8, 128, 3072, True),
-    "Qwen3-1.7B": qwen3(2048, 28, 16, 8, 128, 6144, True),
-    "Qwen3-4B": qwen3(2560, 36, 32, 8, 128, 9728, True),
-    "Qwen3-8B": qwen3(4096, 36, 32, 8, 128, 12288, False),
-}
+MODELS = {name: Qwen3Config(**gpus.sizes_of(name)) for name in gpus.SIZES}
 SMALL = qwen3(64, 3, 8, 4, 24, 160, True, vocabulary=50, context=512)
 
 
@@ -275,6 +274,7 @@ def test_out_of_memory_says_what_to_change(cards, monkeypatch):
     assert line.startswith("out of GPU memory: does not fit 1 GPU of 80 GB") and "change --offload auto" in line
     line = plan.out_of_memory(Config(model="x"), MODELS["Qwen3-0.6B"])
     assert "by the plan it fits 1 GPU of 80 GB" in line and "another process" in line and "\n" not in line
+    assert "--offload on" in line and "--resume" in line
 
 
 def report(**settings) -> str:
@@ -299,6 +299,8 @@ def test_report_holds_configuration_prompt_tokens_memory_and_verdict():
         "start-up   rollout    update",
         "gradients",
         "fits 2 GPUs of 24 GB",
+        "planned, not measured, on RTX 4090",
+        "GPU hours for 500 steps",
         "torchrun --nproc-per-node 2",
     ):
         assert part in text

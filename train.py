@@ -54,6 +54,7 @@ METHODS = {
     "dapo": Method("dynamic sampling, 2503.14476, a baseline", (DynamicSampling,), DAPO),
     "greso": Method("GRESO, 2506.02177, a baseline", ("lab.rules:GRESO",)),
     "beta": Method("Beta posteriors (MoPPS), 2507.04632, a baseline", ("lab.rules:Beta",)),
+    "continual": Method("Continual Prompt Replay, 2608.18574", ("lab.continual:ContinualReplay",), {"share": 0.25}),
     "adaptive": Method("our own rule", OWN, {"share": 0.5, "cooldown": 10}),
 }
 METHODS["popo"] = METHODS["group"]
@@ -97,7 +98,7 @@ class Config:
     # ---- replay
     replay: str = "none"  # a method as listed above, file.py:Class, or some with +; alone: prompt
     band: tuple[float, float] = (0.25, 0.75)  # prompt: pass rates that may come back, ends included
-    share: float = 0.75  # prompt, adaptive: largest share of a batch that may come back
+    share: float = 0.75  # prompt, adaptive, continual: largest share of a batch that may come back
     cooldown: int = 10  # prompt, adaptive: least steps between two uses of a prompt
     max_reuse: int = 15  # prompt: most times a prompt comes back
     smoothing: float = 0.8  # prioritized: weight of the newest pass rate
@@ -216,8 +217,8 @@ class Run:
             layers = [part for part in module.modules() if type(part).__name__ in (model._no_split_modules or ())]
             ranks.shard(module, layers, cfg.dtype == "bfloat16")
         self.optimizer = make_optimizer(self.trained, cfg, self.policy)
-        for store in self.stores.values():
-            store.attach(self)
+        for rule in (self.sampler, *self.stores.values()):
+            rule.attach(self)
         if cfg.resume:
             checkpoint.resume(self, FREE)
             self.engine.sync(self.policy)

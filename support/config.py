@@ -76,7 +76,7 @@ TEXTS = ("instruction",)  # these may have several lines
 
 # What train.py asks of a rule, by what the rule decides. replay.Uniform and replay.ReplayStore have most of it.
 NEEDS = {
-    "prompts": ("draw", "observe", "figures", "state_dict", "load_state_dict"),
+    "prompts": ("draw", "observe", "attach", "figures", "state_dict", "load_state_dict"),
     "places": ("complete", "watch", "attach", "learn", "figures", "state_dict", "load_state_dict"),
     "extra": ("complete", "watch", "attach", "learn", "figures", "state_dict", "load_state_dict"),
 }

@@ -72,6 +72,9 @@ class Epochs(Saved):
         self.seen[chosen] = True
         return chosen
 
+    def attach(self, run) -> None:
+        """The run that begins (train.Run), for a rule that needs its prompts. The papers' rules do not."""
+
     def figures(self) -> dict:
         """For the log. The rules that have something to say of themselves do."""
         return {}

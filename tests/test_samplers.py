@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 
+from lab.continual import ContinualReplay
 from lab.rules import GRESO, Adaptive, Beta
 from replay import Prioritized, PromptReplay, Uniform
 from support import config
@@ -40,6 +41,7 @@ SAMPLERS = {
     "greso": GRESO,
     "beta": Beta,
     "adaptive": Adaptive,
+    "continual": ContinualReplay,
 }
 every_one_of_ours = pytest.mark.parametrize("make", SAMPLERS.values(), ids=SAMPLERS)
 

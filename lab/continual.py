@@ -1,0 +1,183 @@
+"""Continual Prompt Replay: tasks come one after another, and prompts of earlier ones come back with fresh answers.
+
+    python -m lab.continual --seeds 12      what is forgotten with and without it, on embedded tasks in two stages
+
+Each run has three arms: the stages in sequence, the same with replay, and both stages mixed from the start. Prompts are
+sorted into stages by what they ask:
+
+    keys    --sharing none: numbers to know by heart, those of even keys, then those of odd ones
+    digits  sums, then differences; they share the model, but no digit fact
+
+Accuracy is measured on each stage's held-out prompts (of keys: on its training prompts) before the first step, between
+the stages and at the end. Writes lab/results/continual.json and prints a table, with paired intervals.
+"""
+
+import contextlib
+import io
+import json
+import sys
+import tempfile
+from dataclasses import dataclass
+from statistics import fmean
+from unittest import mock
+
+import numpy as np
+from tqdm import tqdm
+
+from replay import Uniform
+from support import config, stats
+from support.config import ROOT
+from support.log import commit
+
+RESULTS = ROOT / "lab" / "results" / "continual.json"
+
+
+class ContinualReplay(Uniform):
+    """Continual Prompt Replay (2608.18574). Of the paper only a digest was found: it replays prompts of earlier tasks,
+    answered anew, and reaches what training on all tasks at once does. Ours is how many, which, and when:
+
+    1. Prompts have a stage, 0, 1, ... The stages come in this order, and each has the same share of the run.
+    2. floor(share * P) of a batch are prompts of earlier stages, drawn evenly, with fresh answers.
+    3. All other places go to the next prompts of the stage's epochs.
+
+    With one stage it is plain GRPO.
+    """
+
+    STATE = (*Uniform.STATE, "choice_rng")
+
+    def __init__(self, num_prompts: int, seed: int = 0, share: float = 0.25):
+        if not 0 <= share <= 1:
+            raise ValueError(f"need share in [0, 1], got {share}")
+        super().__init__(num_prompts, seed)
+        self.share = share
+        self.choice_rng = np.random.default_rng([seed, 1])
+        self.stage = np.zeros(num_prompts, int)  # of each prompt
+
+    def attach(self, run) -> None:
+        """Reads the stages of the prompts of `run`. ValueError for such as cannot be trained on one after another."""
+        found = [(prompt.row or {}).get("stage") for prompt in run.prompts]
+        if not all(type(stage) is int and stage >= 0 for stage in found):
+            raise ValueError("--replay continual needs rows with a column `stage`, 0, 1, ...: --task FILE.py has rows")
+        self.stage = np.array(found)
+        least = run.cfg.prompts_per_step
+        for stage, count in enumerate(np.bincount(self.stage)):
+            if count < least:
+                raise ValueError(f"stage {stage} has {count} prompts, fewer than the {least} of one step; give it more")
+
+    def draw(self, n: int, step: int) -> list[int]:
+        room = self.begin(n, step)
+        free = np.ones(len(self.stage), bool)
+        free[list(self.batch)] = False
+        now = self.current()
+
+        # The budget is the step's, and a refill does not renew it.
+        earlier = np.flatnonzero(free & (self.stage < now))
+        budget = int(self.share * self.size + 1e-9) - len(self.replays)
+        count = max(min(budget, room, len(earlier)), 0)
+        back = self.take(self.choice_rng.choice(earlier, count, replace=False), replayed=True) if count else []
+
+        # A refill may find that all prompts of the stage are in the batch.
+        left = int((free & (self.stage == now)).sum())
+        return back + self.take_fresh(min(room - count, left), lambda x: self.stage[x] != now)
+
+    def current(self) -> int:
+        """The stage that the run is in."""
+        stages = int(self.stage.max()) + 1
+        return min(int(self.progress * stages), stages - 1)
+
+    def figures(self) -> dict:
+        return {"stage": self.current()}
+
+
+# ---------------------------------------------------------------- the experiment
+
+ARMS = {"in sequence": 0.0, "with replay": 0.25, "together": None}  # share of earlier stages; None: no stages
+KINDS = {  # flags of a run, and the stage of a prompt
+    "keys": (["--sharing", "none", "--lr", "8e-4", "--eval-prompts", "512"], lambda prompt: prompt.index % 2),
+    "digits": (["--sharing", "digits", "--lr", "5e-4"], lambda prompt: int("-" in prompt.text)),
+}
+MEASURES = {
+    "first stage, at its end": lambda run: run[1][0],
+    "first stage, at the end": lambda run: run[2][0],
+    "second stage, at the end": lambda run: run[2][1],
+    "both, at the end": lambda run: fmean(run[2]),
+}
+
+
+@dataclass
+class Flags:
+    kinds: tuple[str, ...] = tuple(KINDS)  # embedded tasks
+    seeds: int = 12  # matched seeds
+    steps: int = 120  # of a run, over both stages
+    out: str = str(RESULTS)  # file to write
+
+
+def accuracies(kind: str, arm: str, seed: int, steps: int) -> list[list[float]]:
+    """Accuracy of both stages at the start, between the stages and at the end [3][2]."""
+    import train
+    from tasks import tiny
+
+    given, stage_of = KINDS[kind]
+    measured = []
+    with tempfile.TemporaryDirectory() as folder:
+        argv = [*given, "--seed", str(seed), "--steps", str(steps), "--out", f"{folder}/run"]
+        argv += ["--eval-every", str(steps // 2), "--eval-samples", "2", "--save-every", "1000000"]
+        default = config.preset(train.Config, argv, tiny.SETTINGS, train.METHODS)
+        run = train.Run(config.parse(train.Config, argv, "", default)[0])
+        if ARMS[arm] is not None:
+            run.sampler = ContinualReplay(len(run.prompts), seed, ARMS[arm])
+            run.sampler.stage = np.array([stage_of(prompt) for prompt in run.prompts])
+        run.folder.mkdir()
+        held_out = run.held_out
+        evaluate = train.evaluate
+
+        def by_stage(run) -> float:
+            """In place of train.evaluate: each stage by itself."""
+            found = []
+            for stage in (0, 1):
+                run.held_out = [prompt for prompt in held_out if stage_of(prompt) == stage]
+                found.append(evaluate(run))
+            run.held_out = held_out
+            measured.append(found)
+            return fmean(found)
+
+        with mock.patch.object(train, "evaluate", by_stage), contextlib.redirect_stdout(io.StringIO()):
+            train.train(run)
+    return measured
+
+
+def table(runs: dict) -> str:
+    """runs: kind -> arm -> one [3][2] a seed. In per cent; arms but the first as points against it."""
+    lines = []
+    for kind, arms in runs.items():
+        lines += [f"| {kind} | {' | '.join(arms)} |", "|---" * (len(arms) + 1) + "|"]
+        for name, measure in MEASURES.items():
+            values = {arm: [100 * measure(run) for run in seeds] for arm, seeds in arms.items()}
+            base, *others = values.values()
+            cells = [f"{fmean(base):.1f}"]
+            for other in others:
+                found = stats.by_seed([b - a for a, b in zip(base, other, strict=True)])
+                interval = "" if len(base) == 1 else f" ({found['low']:+.1f} to {found['high']:+.1f})"
+                cells.append(f"{found['mean']:+.1f}{interval}")
+            lines.append(f"| {name} | {' | '.join(cells)} |")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def main(argv: list[str]) -> int:
+    flags, _ = config.parse(Flags, argv, __doc__)
+    result = {"command": " ".join(["python -m lab.continual", *argv]), "commit": commit(), "steps": flags.steps}
+    result["runs"] = {kind: {arm: [] for arm in ARMS} for kind in flags.kinds}
+    for seed in tqdm(range(flags.seeds), disable=None):
+        for kind, arms in result["runs"].items():
+            for arm, runs in arms.items():
+                found = accuracies(kind, arm, seed, flags.steps)
+                runs.append([[round(value, 4) for value in pair] for pair in found])
+        with open(flags.out, "w") as file:
+            file.write(json.dumps(result) + "\n")
+    print(table(result["runs"]))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,7 +1,7 @@
 """What a run will take, before it is started: seconds of a step, and GPU hours. Planned by arithmetic, not measured.
 
 Bytes and operations of each part of a step, divided by what a GPU can do at most (CARDS, from its maker) and by the
-share of it that is assumed to be had (below). `python -m lab.bench gpu` measures these shares.
+share of it that is assumed to be had (below). `python -m lab.bench update vllm` measures the first two.
 
     rollout    each decoding step reads the engine's weights and the KV cache of all that run; 2 P operations a token
     update     2 U + 2 V H operations a token for the forward pass, twice that for the backward pass, once more what is

@@ -2,6 +2,7 @@
 
     python -m lab.simulate                                   every rule against uniform sampling, in seconds
     python -m lab.simulate --visit 1.4 --sharing 0.975       change one number and look again
+    python -m lab.simulate --rules prompt my_rule.py:Class   a rule of your own beside one of ours
     python -m lab.simulate --map                             rules over (step per visit x sharing): figures and numbers
 
 The policy: a prompt needs all of its skills, and each skill comes off with probability sigmoid(its logit), so that a
@@ -42,7 +43,7 @@ from lab import figures
 from lab.rules import GRESO, Adaptive, Beta
 from replay import Prioritized, PromptReplay, Uniform
 from support import log, stats
-from support.config import OUT, parse, with_value
+from support.config import OUT, decides, load_class, parse, with_value
 
 RULES = {
     "uniform": Uniform,
@@ -116,9 +117,22 @@ def check(flags: Flags) -> None:
         raise ValueError(f"--prompts-per-step {flags.prompts_per_step} is more than the {flags.prompts} prompts")
     if flags.seeds < 2:
         raise ValueError(f"--seeds must be at least 2, for a standard error, got {flags.seeds}")
-    unknown = [name for name in flags.rules if name not in RULES]
+    unknown = [name for name in flags.rules if name not in RULES and ".py:" not in name]
     if unknown or not flags.rules:
-        raise ValueError(f"--rules {' '.join(unknown)}: choose from {', '.join(RULES)}")
+        raise ValueError(f"--rules {' '.join(unknown)}: choose from {', '.join(RULES)}, or give file.py:Class")
+    for name in flags.rules:
+        rule_of(name)
+
+
+def rule_of(name: str):
+    """What makes the samplers of a rule: one of RULES, or the class in a user's file.py:Class. ValueError or
+    FileNotFoundError, in one line, where that is no sampler."""
+    if name in RULES:
+        return RULES[name]
+    rule = load_class(name)
+    if decides(rule) != "prompts":
+        raise ValueError(f"--rules {name} decides {decides(rule)}; only rules that choose prompts are simulated")
+    return rule
 
 
 # ---------------------------------------------------------------- the policy
@@ -361,7 +375,7 @@ def compare_rules(setting: Setting, rules: list[str], seeds: list[int]) -> dict:
         arm = base
         started = time.process_time()
         if name != "uniform":
-            arm = run(setting, RULES[name], seeds, salt=int(name == "placebo"))
+            arm = run(setting, rule_of(name), seeds, salt=int(name == "placebo"))
         found[name] = against(base, arm) | {"cpu_seconds": time.process_time() - started}
     start = float(base["accuracy"][:, 0].mean())
     end = float(base["accuracy"][:, -1].mean())
@@ -407,7 +421,8 @@ def cell_table(cell: dict) -> str:
         f"{'':12}" + "".join(text.rjust(15) for text in COLUMNS.values()),
     ]
     for rule, row in cell["rules"].items():
-        lines.append(f"{rule:12}" + "".join(shown(name, row[name], cell["seeds"]) for name in COLUMNS))
+        own = rule.rpartition(":")[2]  # of file.py:Class the class
+        lines.append(f"{own:12}" + "".join(shown(name, row[name], cell["seeds"]) for name in COLUMNS))
     return "\n".join(lines)
 
 

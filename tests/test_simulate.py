@@ -211,3 +211,40 @@ def test_bad_numbers_end_in_one_line_and_exit_code_2(flags, capsys):
     assert simulate.main(flags.split()) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: --") and error.count("\n") == 1
+
+
+OWN = """
+from replay import ReplayStore, Uniform
+
+class Same(Uniform):
+    pass
+
+class Shelf(ReplayStore):
+    DECIDES = "extra"
+    def complete(self, useful, places, step):
+        return useful
+    def figures(self, step):
+        return {}
+"""
+
+
+def test_a_rule_of_ones_own_is_simulated_beside_ours(tmp_path, capsys):
+    file = tmp_path / "mine.py"
+    file.write_text(OWN)
+    flags = ["--seeds", "2", "--steps", "20", "--prompts", "60", "--prompts-per-step", "4"]
+    assert simulate.main([*flags, "--rules", "prompt", f"{file}:Same"]) == 0
+    prompt, same = capsys.readouterr().out.splitlines()[-2:]
+    assert prompt.startswith("prompt ")
+    assert same.startswith("Same ")
+    assert same.split()[1:5] == ["+0.0", "±0.0", "+0.0", "±0.0"]  # it is uniform sampling
+
+    for name, message in (
+        (f"{file}:Shelf", "decides extra; only rules that choose prompts"),
+        (f"{file}:Other", "has no class 'Other'"),
+        (f"{tmp_path}/no.py:Same", "there is no file"),
+        ("Same", "or give file.py:Class"),
+    ):
+        assert simulate.main([*flags, "--rules", name]) == 2
+        error = capsys.readouterr().err
+        assert message in error
+        assert error.count("\n") == 1

@@ -37,6 +37,7 @@ import pandas as pd
 from tqdm import tqdm
 from tyro.conf import Positional
 
+import reward
 from lab import figures
 from lab.figures import COSTS
 from support import config, log, plot, stats
@@ -155,9 +156,19 @@ def cost_to_reach(run: dict, level: float, cost: str = "rollouts") -> float | No
 # ---------------------------------------------------------------- analysis
 
 
+def check_judges(judges: set) -> None:
+    """ValueError unless one judge scored the held-out answers of all runs. None: of a run that did not note it."""
+    names = sorted(judges - {None})
+    if len(names) > 1:
+        raise ValueError(
+            f"held-out answers are judged by {' and by '.join(names)}, and cannot be compared; give all one --judge"
+        )
+
+
 def analyse(runs: list[dict], methods: list[str]) -> dict:
     """Every figure of the table. `runs` of `methods`, the first of which is the baseline, paired by seed.
     ValueError where they cannot be paired."""
+    check_judges({run.get("config", {}).get("judge") for run in runs})
     by_method = {method: {run["seed"]: run for run in runs if run["method"] == method} for method in methods}
     if len(runs) > sum(len(arm) for arm in by_method.values()):
         raise ValueError("two of the runs have the same method and seed; give one of each, at the same other settings")
@@ -337,6 +348,7 @@ def run_all(jobs: list[tuple[Path, list[str]]], at_once: int) -> None:
     configs = [settings_of(flags)[0] for _, flags in waiting]
     for cfg in configs:  # a mistake is met before the first run begins
         check_run(cfg)
+    check_judges({reward.judge_of(cfg) for cfg in configs})
     for sharing in {cfg.sharing for cfg in configs if not cfg.model}:
         tiny.make(tiny.home(sharing), sharing=sharing)  # once, before two runs begin to make it
 

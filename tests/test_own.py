@@ -8,8 +8,9 @@ import pytest
 import eval
 import reward
 import train
+from lab import compare
 from replay import Group
-from support import plot
+from support import config, plot
 from tasks import data, own, tiny
 from tests.helpers import group
 
@@ -162,6 +163,12 @@ def test_a_judge_of_ones_own_scores_held_out_answers_and_is_in_the_settings(tmp_
     assert json.loads((tmp_path / "run" / "config.json").read_text())["judge"] == never
 
 
+def test_compare_refuses_runs_that_were_judged_differently():
+    compare.check_judges({"math", None})
+    with pytest.raises(ValueError, match="judged by a.py:f and by math, and cannot be compared; give all one --judge"):
+        compare.check_judges({"math", "a.py:f", None})
+
+
 # ---------------------------------------------------------------- data with a reward of one's own
 
 
@@ -235,6 +242,18 @@ def test_a_task_in_a_file_is_trained_judged_and_resumed(tmp_path, capsys):
     assert "the data has changed" in refused(
         capsys, "--out", str(tmp_path / "run"), "--task", task, "--steps", "8", "--replay", "--resume"
     )
+
+
+def test_the_task_of_the_documentation_scores_its_own_words(tmp_path):
+    usage = (config.ROOT / "docs" / "usage.md").read_text()
+    (text,) = [part for part in usage.split("```") if part.startswith("python") and "def rows()" in part]
+    path = write(tmp_path / "my_task.py", text.removeprefix("python"))
+    training, held_out, _ = own.problems(path)
+    prompts = [data.Prompt(i, *pair[:2], (1,), *pair[2:]) for i, pair in enumerate(training[:2])]
+    scorer = own.Scorer(own.scorer_of(path))
+    scorer.check(prompts)
+    answers = [prompts[0].row["word"][::-1], "no"]
+    assert scorer.of_prompts(answers, prompts, [5, 2], [False] * 2) == [1.0, 0.0] and len(held_out) > 100
 
 
 def test_a_tenth_of_a_task_is_held_out_and_repeats_are_dropped(tmp_path):

@@ -150,9 +150,11 @@ def test_what_a_recipe_says_of_gpus_is_what_the_plan_says(path, stand_in, sums, 
     if gpus:
         flags = ["--model", str(stand_in(cfg.model)), "--data", str(sums), "--dry-run", "--gpus", gpus[0]]
         assert train.main([f"@{path}", *flags, "--out", str(tmp_path / "run")]) == 0
-        verdict = capsys.readouterr().out.splitlines()[-1]
+        *_, verdict, cost = capsys.readouterr().out.splitlines()
+        hours = re.search(r"(\d+) GPU hours for", cost)[1]
         count = int(gpus[0].partition("x")[0])
         assert verdict.startswith("fits")
+        assert f"; {hours} GPU hours" in text.replace("\n#  ", "")
         assert ("on the host" in verdict) == ("of host memory" in text)
         launcher = f"torchrun --nproc-per-node {count}" if count > 1 else "python"
         assert f"#   {launcher} train.py @" in text

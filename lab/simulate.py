@@ -240,6 +240,11 @@ class Policy:
         np.add.at(total, (self.rows[:, :, None], skills), gradient)
         if self.live.any():
             total *= (self.live / np.maximum(alive(correct, self.answers), 1))[:, None]
+        self.move(total)
+        return correct
+
+    def move(self, total: np.ndarray) -> None:
+        """The optimiser's step along the summed gradient `total` [S, F]."""
         if self.mix:
             along = np.einsum("sf,sfd->sd", total, self.features)
             total = (1 - self.mix) * total + self.mix * np.einsum("sd,sfd->sf", along, self.features)
@@ -248,7 +253,6 @@ class Policy:
             self.momentum = MOMENTUM * self.momentum + (1 - MOMENTUM) * total
             total = self.momentum * np.sqrt(self.usual / self.square)[:, None]
         self.theta += self.rate * total
-        return correct
 
 
 # ---------------------------------------------------------------- runs

@@ -169,9 +169,14 @@ def took(results: dict[str, dict]) -> str:
 def took_map(cells: list[dict]) -> str:
     """The CPU hours of a map, as far as its rules noted them."""
     rules = list(cells[0]["rules"])
-    noted = [rule for rule in rules if all("cpu_seconds" in cell["rules"][rule] for cell in cells)]
-    hours = sum(cell["rules"][rule]["cpu_seconds"] for cell in cells for rule in noted) / 3600
-    runs = f"{sum(cell['seeds'] for cell in cells) * len(rules)} runs"
+    noted = [rule for rule in rules if "cpu_seconds" in cells[0]["rules"][rule]]
+    seconds = 0.0
+    count = 0
+    for cell in cells:
+        count += cell["seeds"] * len(cell["rules"])
+        seconds += sum(cell["rules"][rule]["cpu_seconds"] for rule in noted if rule in cell["rules"])
+    runs = f"{count} runs"
+    hours = seconds / 3600
     if not noted:
         return f"{runs}; their CPU hours were not noted."
     if len(noted) < len(rules):
@@ -207,6 +212,9 @@ def map_table(cells: list[dict]) -> str:
         setting = cell["setting"]
         row = [f"{setting[name]:g}" for name in ("interference", "sharing", "visit")]
         for rule in rules:
+            if rule not in cell["rules"]:
+                row.append("not run")
+                continue
             late = cell["rules"][rule]["late"]
             row.append(f"{bound_sign(cell, rule)}{100 * late['mean']:+.0f} ± {100 * late['se']:.0f}")
         rows.append(row)
@@ -344,6 +352,7 @@ def regimes(cells: list[dict], path: Path, rules: list[str], interference: float
 
     rules = rules[:PANELS]
     cells = [cell for cell in cells if cell["setting"]["interference"] == interference]
+    shown = [cell | {"rules": {rule: cell["rules"][rule] for rule in rules}} for cell in cells]
     visits = sorted({cell["setting"]["visit"] for cell in cells})
     sharings = sorted({cell["setting"]["sharing"] for cell in cells})
     columns = min(len(rules), 2)
@@ -366,7 +375,7 @@ def regimes(cells: list[dict], path: Path, rules: list[str], interference: float
         axis.tick_params(length=0)
         axis.spines[:].set_visible(False)
 
-    figure.supxlabel(f"step per visit (logits)\n{took_map(cells)}", fontsize=12)
+    figure.supxlabel(f"step per visit (logits)\n{took_map(shown)}", fontsize=12)
     for axis in axes[:, 0]:
         axis.set_ylabel("sharing of skills")
     what = "with interference" if interference else "without interference"
@@ -419,9 +428,10 @@ def read_map() -> list[dict]:
 def tables() -> dict[str, str]:
     """Every table of the documentation by its name."""
     made = {}
-    for name in ("none", "digits", "hard", "refilled", "draw", "popo", "claims"):
+    for name in ("none", "digits", "hard", "beta", "refilled", "draw", "popo", "claims"):
         made[name] = overview_table(read_results(name))
     made["seconds"] = overview_table(read_results("seconds"), "seconds")
+    made["second-pass"] = second_pass_table(json.loads((RESULTS / "second-pass.json").read_text())["cells"])
     made["map"] = map_table(read_map())
     made["gpus"] = gpus.table()
     made["gpus-8b"] = gpus.table(gpus.ROWS[:4])

@@ -40,7 +40,7 @@ from support import log, stats
 from support.config import OUT, parse
 
 ARMS = ("plain", "twice", "group")
-RATES = (6.4, 12.8, 25.6, 51.2, 102.4)  # --visit of lab/simulate.py
+RATES = (0.8, 1.6, 3.2, 6.4, 12.8, 25.6, 51.2, 102.4, 204.8)  # --visit of lab/simulate.py
 WINDOW = 0.2  # share of a run over whose end accuracy is averaged
 POINTS = 50  # of an accuracy curve
 CLIP_LOW, CLIP_HIGH, IS_CAP = 0.2, 0.272, 2.0  # those of train.py

@@ -12,8 +12,7 @@ engine sleeps, and one of three moments needs most. Dense models, bytes:
     masters on the host: there 12 P, 12.9 P at its peak; on the GPU weights 2 U + 4 (P - U), gradients 4 P
     kept of a layer until its backward pass: A = T (26 H + 14 Q + 6 K + 8 I); with checkpointing 4 T H
     end of the forward pass: 14 x 2^27 for chunks of logits, 18 T H
-    head's backward pass:    6 x 2^27 for a chunk of logits, 12 T H, and 6 V H for its gradient before it is added;
-                             8 V H, of which 4 V H stay to the end, for one that is tied to the embedding
+    head's backward pass:    6 x 2^27 for a chunk of logits, 12 T H, and 6 V H for its gradient before it is added
     a layer's backward pass: A if checkpointed, and T (2 I + 4 H) for gradients on the way
     bf16 copies of weights that autocast makes: 2 U at the end of the forward pass, kept for the backward pass unless
     activations are checkpointed: then those of the head, or of the layer
@@ -186,9 +185,6 @@ def update_memory(s: dict, cfg, place: str) -> dict[str, float]:
         "head and logits": 0,
         "gradients on the way": tokens * (2 * wide * s["mlp"] + 4 * s["hidden"]),
     }
-    if s["tied"]:  # its gradient is cast to float32, and waits there for that of the embedding
-        head_backward["gradients on the way"] += 2 * head
-        layer_backward["gradients on the way"] += 4 * head
     if place == "sharded":  # whole gradients wait until they are reduced over the ranks
         layer_backward["gradients on the way"] += 6 * s["layer"] + 2 * wide * head
     moments = (forward_end, head_backward, layer_backward)

@@ -105,9 +105,9 @@ def planned(config, place: str, tokens: int, checkpointing: bool) -> float:
     return sum(update.values()) - update["optimiser"] - update[plan.OTHER]
 
 
-def compare(monkeypatch, config, place: str, tokens: int, checkpointing: bool) -> None:
+def compare(monkeypatch, config, place: str, tokens: int, checkpointing: bool, share: float = 0.03) -> None:
     trace = traced(monkeypatch, config, place, tokens, checkpointing)
-    assert planned(config, place, tokens, checkpointing) == pytest.approx(trace, rel=0.03)
+    assert planned(config, place, tokens, checkpointing) == pytest.approx(trace, rel=share)
 
 
 @pytest.mark.parametrize(("place", "tied"), [("gpu", True), ("host", False)])
@@ -128,4 +128,5 @@ def test_so_is_that_of_any_few_layers(monkeypatch, place, tied, checkpointing):
 @pytest.mark.parametrize("place", ["gpu", "host"])
 @pytest.mark.parametrize("model", ["Qwen3-0.6B", "Qwen3-8B"])
 def test_so_is_that_of_qwen3(monkeypatch, model, place, tokens):
-    compare(monkeypatch, MODELS[model], place, tokens, checkpointing=True)
+    share = 0.01 if model == "Qwen3-8B" else 0.05
+    compare(monkeypatch, MODELS[model], place, tokens, checkpointing=True, share=share)

@@ -34,7 +34,7 @@ def kept(run):
     try:
         yield
     except Exception as error:
-        if checkpoint.newest(run.folder):
+        if checkpoint.newest(run.folder) and "--resume" not in str(error):
             error.add_note(f"what is saved stays: mend it, and go on with --resume --out {run.folder}")
         raise
 

@@ -20,7 +20,7 @@ def within(seconds: float):
         return
 
     def end(_number, _frame):
-        raise TookTooLong(f"it took more than {seconds} seconds")
+        raise TookTooLong(f"it took more than {seconds} seconds, the limit of support/limits.py")
 
     before = signal.signal(signal.SIGALRM, end)
     signal.setitimer(signal.ITIMER_REAL, seconds, 1)

@@ -25,13 +25,16 @@ from support.state import Saved
 
 def write_aside(path: Path, text: str) -> None:
     """Writes a whole file under another name and renames it: a kill or a full disk leaves the old file as
-    it was."""
+    it was. OSError, in one line, where it cannot be written."""
     aside = path.with_name(path.name + ".partial")
-    with open(aside, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    aside.replace(path)
+    try:
+        with open(aside, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        aside.replace(path)
+    except OSError as error:
+        raise OSError(f"{path} cannot be written ({error}); make room if the disk is full") from error
 
 
 def cannot_write(path: Path, folder: Path, error: Exception) -> OSError:

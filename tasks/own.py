@@ -16,6 +16,7 @@ import os
 import random
 from collections.abc import Callable
 
+from support import limits
 from support.config import line_in, load_file
 from tasks import data
 
@@ -86,8 +87,9 @@ class Scorer:
     def __call__(self, responses: list[str], golds: list, **columns: list) -> list[float]:
         """One reward for each response. RewardBroken for anything else."""
         try:
-            rewards = self.function(responses, golds, **columns)
-        except Exception as error:  # it is the user's code
+            with limits.within(limits.SECONDS):
+                rewards = self.function(responses, golds, **columns)
+        except (Exception, SystemExit, limits.TookTooLong) as error:  # it is the user's code
             what = " ".join(f"{type(error).__name__}: {error}".split())
             line = line_in(self.path, error) or inspect.unwrap(self.function).__code__.co_firstlineno
             raise RewardBroken(f"{self.name} failed at {self.path}, line {line} ({what})") from error
@@ -147,8 +149,9 @@ def problems(task: str) -> tuple[list[tuple], list[tuple], str]:
     make = function_of(task, "rows", "")
     function_of(task, "score", "responses, golds")
     try:
-        rows = list(make())
-    except Exception as error:  # it is the user's code
+        with limits.within(limits.SECONDS):
+            rows = list(make())
+    except (Exception, SystemExit, limits.TookTooLong) as error:  # it is the user's code
         what = " ".join(f"{type(error).__name__}: {error}".split())
         raise ValueError(f"rows() of {task} failed at line {line_in(task, error)} ({what})") from error
     for n, row in enumerate(rows, 1):

@@ -14,6 +14,8 @@ from support.config import load_class
 
 def pytest_addoption(parser):
     parser.addoption("--rule", action="append", default=[], metavar="FILE.py:CLASS", help="run its contract tests too")
+    parser.addoption("--many", action="store_true", help="tests/faults: an hour of them")
+    parser.addoption("--fault-seed", type=int, metavar="N", help="tests/faults: the same faults as in another run")
 
 
 def pytest_generate_tests(metafunc):

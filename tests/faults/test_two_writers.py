@@ -1,0 +1,58 @@
+"""Two processes where one is meant: in the folder of a run, and at the embedded model."""
+
+import pytest
+
+from tasks import tiny
+from tests.faults.harness import Child, left_behind, run, start, steps_of, wait_until
+
+pytestmark = pytest.mark.slow
+
+FLAGS = ["--replay", "prompt", "--steps", "9"]
+
+
+@pytest.mark.parametrize("resumed", [True, False], ids=["resumed", "new"])
+def test_in_one_folder(resumed, count, tmp_path):
+    assert run(tmp_path / "whole", *FLAGS).code == 0
+    folder = tmp_path / "run"
+    first = start(folder, *FLAGS)
+    wait_until(lambda: steps_of(folder) >= 1, first)
+    more = ["--resume"] if resumed else []
+    second = Child(lambda: start_again(folder, more), tmp_path / "second").end()
+    count("a second process in a run's folder: one line", second.one_line, second.text)
+    end = first.end()
+    count(
+        "... and the first goes on", end.code == 0 and left_behind(folder) == left_behind(tmp_path / "whole"), end.text
+    )
+
+
+def start_again(folder, more: list[str]) -> int:
+    import train
+    from tests.faults.harness import QUICK, SMALL
+
+    return train.main([*SMALL, *QUICK, *FLAGS, "--out", str(folder), *more])
+
+
+def make(place) -> int:
+    return 0 if tiny.make(place, steps=60).is_dir() else 1
+
+
+def test_at_the_embedded_model(count, tmp_path):
+    place = tmp_path / "tiny-model"
+    both = [Child(lambda: make(place), tmp_path / f"log{i}") for i in range(2)]
+    ends = [child.end() for child in both]
+    waited = sum("waiting" in end.text for end in ends)
+    held = [end.code for end in ends] == [0, 0] and waited == 1
+    count("two that make the embedded model", held, "\n".join(end.text for end in ends))
+
+
+def test_a_killed_maker_is_followed(count, tmp_path):
+    place = tmp_path / "tiny-model"
+    first = Child(lambda: make(place), tmp_path / "first")
+    wait_until(lambda: place.with_name("tiny-model.lock").exists(), first)
+    second = Child(lambda: make(place), tmp_path / "second")
+    log = tmp_path / "second"
+    wait_until(lambda: log.exists() and "waiting" in log.read_text(), second)
+    first.kill()
+    end = second.end()
+    whole = (place / "config.json").exists() and not place.with_name("tiny-model.partial").exists()
+    count("a maker of the embedded model that is killed", end.code == 0 and whole, end.text)

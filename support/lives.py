@@ -30,6 +30,7 @@ FILE = "visits.bin"
 # Pass rates as the figure tells them apart; the middle one is Prompt Replay's band.
 KINDS = ("all wrong", "below 1/4", "1/4 to 3/4", "above 3/4", "all right")
 ROWS = 40  # prompts in the raster; more cannot be read
+FEW = 10  # visits; a row of the matrix that has fewer stays empty
 
 
 # ---------------------------------------------------------------- the file
@@ -145,15 +146,18 @@ def raster(axis, visits: np.ndarray, prompts: np.ndarray):
 
 
 def matrix(axis, counts: np.ndarray, title: str) -> None:
-    """`counts` as shares in per cent of each row; the row's name has the number that it is of."""
+    """`counts` as shares in per cent of each row; the row's name has the number that it is of. A row of
+    fewer than FEW stays empty."""
     total = counts.sum(1)
-    share = counts / np.maximum(total, 1)[:, None]
+    share = np.where(total < FEW, 0, 1)[:, None] * counts / np.maximum(total, 1)[:, None]
     axis.imshow(share, cmap="Greys", vmin=0, vmax=1.25, aspect="auto")
     for before in range(len(KINDS)):
         for after in range(len(KINDS)):
             ink = "white" if share[before, after] > 0.65 else "black"
-            if total[before]:
+            if total[before] >= FEW:
                 axis.text(after, before, f"{100 * share[before, after]:.0f}", ha="center", va="center", color=ink)
+    if not total.sum():
+        axis.text(2, 2, "none", ha="center", va="center", color="#777777")
     axis.set_yticks(range(len(KINDS)), [f"{name} ({n:,})" for name, n in zip(KINDS, total, strict=True)])
     axis.set_xticks(range(len(KINDS)), ["all\nwrong", "below\n1/4", "1/4 to\n3/4", "above\n3/4", "all\nright"])
     axis.tick_params(length=0)
@@ -187,9 +191,10 @@ def draw(visits: np.ndarray, path: str | Path, rows: int = ROWS) -> Path:
         return plot.save(figure, Path(path))
 
 
-def figures(folder: Path) -> list[Path]:
-    """Draws all figures of the run in `folder`. A run that was begun by an earlier version has no lives.png."""
+def figures(folder: Path, beside: Path | None = None) -> list[Path]:
+    """Draws all figures of the run in `folder`, its curves beside those of another. A run that was begun by an
+    earlier version has no lives.png."""
     drawn = []
     if (folder / FILE).exists():
         drawn.append(draw(read(folder), folder / "lives.png"))
-    return [*drawn, plot.curves(folder)]
+    return [*drawn, plot.curves(folder, beside)]

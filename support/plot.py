@@ -1,12 +1,16 @@
-"""Figures of a run, from its metrics.jsonl alone, and the colours and labels that all figures share.
+"""The figure of a run, and the colours and labels that all figures share.
 
-python -m support.plot out/RUN        writes out/RUN/curves.png, and lives.png (support/lives.py)
+python -m support.plot out/RUN              out/RUN/curves.png, and lives.png (support/lives.py)
+python -m support.plot out/RUN out/BASE     the same, with the curves of out/BASE beside those of out/RUN
 """
 
 import io
+import json
 import os
 import sys
 from pathlib import Path
+
+import numpy as np
 
 from support.rows import read_rows
 
@@ -86,15 +90,16 @@ def pyplot():
     return matplotlib.pyplot
 
 
-def save(figure, path: Path) -> Path:
-    """As a PNG of 128 colours, which takes a third of the room. OSError, in one line, where it cannot be written."""
+def save(figure, path: Path, colours: int = 128, dpi: int = 100) -> Path:
+    """As a PNG of so many colours, which takes a third of the room. OSError, in one line, where it cannot be
+    written."""
     from PIL import Image
 
     whole = io.BytesIO()
-    figure.savefig(whole, dpi=110)
+    figure.savefig(whole, dpi=dpi)
     pyplot().close(figure)
     with Image.open(whole) as image:
-        small = image.convert("RGB").quantize(128, dither=Image.Dither.NONE)
+        small = image.convert("RGB").quantize(colours, dither=Image.Dither.NONE)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         small.save(path, optimize=True)
@@ -113,107 +118,151 @@ def series(rows: list[dict], key: str, smooth: int = 1) -> tuple[list[int], list
     return [step for step, _ in points], means
 
 
-def pass_rate_bars(axis, rows: list[dict]) -> None:
-    """Share of groups at each pass rate over the whole run, fresh and replayed prompts side by side."""
-    for shift, (key, label, colour) in enumerate(
-        [("pass_rates_fresh", "fresh prompts", BLUE), ("pass_rates_replayed", "replayed prompts", ORANGE)]
-    ):
-        totals = [sum(column) for column in zip(*(row[key] for row in rows), strict=True)]
-        if not sum(totals):
-            continue
-        size = len(totals) - 1
-        places = [(k + 0.42 * shift - 0.21) / size for k in range(size + 1)]
-        axis.bar(places, [n / sum(totals) for n in totals], 0.4 / size, color=colour, label=label)
-    axis.set(title="pass rates of groups", xlabel="share of right answers", ylabel="share of groups")
+# ---------------------------------------------------------------- the curves of a run
+
+STYLES = ("-", "--", ":", "-.")
 
 
-def what_replay_did(axis, rows: list[dict]) -> None:
-    """How often prompts came back, or how old the replayed answers were, whichever the method has."""
-    kinds = [kind for kind in ("group", "rollout") if any(sum(row.get(f"{kind}_ages", [])) for row in rows)]
-    for i, kind in enumerate(kinds):
-        ages = [row[f"{kind}_ages"] for row in rows]
-        totals = [sum(row[age] for row in ages if age < len(row)) for age in range(max(map(len, ages)))]
-        places = [age + 0.4 * (i - (len(kinds) - 1) / 2) for age in range(1, len(totals))]
-        shares = [total / sum(totals) for total in totals[1:]]
-        axis.bar(places, shares, 0.8 / len(kinds), color=(ORANGE, GREEN)[i], label=f"{kind}s")
-    if kinds:
-        axis.set(title="age of what was replayed", xlabel="steps since it was sampled", ylabel="share")
-    elif any(rows[-1].get("prompt_uses", [])):
-        uses = rows[-1]["prompt_uses"]
-        first = 1 if uses[0] == 0 else 0
-        axis.bar(range(first, len(uses)), uses[first:], color=ORANGE)
-        axis.set(title="how often prompts came back", xlabel="times replayed", ylabel="prompts")
-    else:
-        axis.plot(*series(rows, "distinct_prompts"), color=BLUE, label="distinct prompts")
-        axis.set(title="distinct prompts seen", xlabel="step")
+class Curves:
+    """What a figure needs of one run: its rows, its colour and its name."""
+
+    def __init__(self, folder: Path):
+        settings = json.loads((folder / "config.json").read_text())
+        self.rows = read(folder / "metrics.jsonl")
+        self.folder = folder
+        self.method = settings["replay"]
+        self.colour = colours_of([self.method])[self.method]
+        self.label = label_of(self.method)
+        # no prompt of that task teaches another: none is held out
+        self.measure = "Held-out accuracy"
+        if not settings["model"] and settings.get("sharing") == "none":
+            self.measure = "Accuracy on the training prompts"
+
+    def smooth(self, key: str) -> tuple[list[int], list[float]]:
+        return series(self.rows, key, max(len(self.rows) // 20, 1))
+
+    def accuracy(self) -> tuple[list[int], list[float]]:
+        steps, values = series(self.rows, "eval_accuracy")
+        start = self.rows[0].get("eval_accuracy_start")
+        return ([0, *steps], [start, *values]) if start is not None else (steps, values)
+
+    def pass_rates(self, *keys: str) -> np.ndarray:
+        """Share of groups with 0 .. G right answers over the whole run [G + 1]; empty where there were none."""
+        totals = sum(np.array(row[key]) for row in self.rows for key in keys)
+        return totals / totals.sum() if totals.sum() else np.zeros(0)
+
+    def of_the_rule(self) -> dict[str, tuple[list[int], list[float]]]:
+        """What its rules say of themselves: the keys that a row has after sync_error (train.record). Of a histogram
+        the mean. What never changes says nothing."""
+        found = {}
+        for row in self.rows:
+            keys = list(row)
+            for key in keys[keys.index("sync_error") + 1 :]:
+                value = row[key]
+                if key.endswith(("_ages", "_uses")) and sum(value):
+                    value = float(np.average(np.arange(len(value)), weights=value))
+                if isinstance(value, int | float) and not key.startswith("eval_"):
+                    steps, values = found.setdefault(key, ([], []))
+                    steps.append(row["step"])
+                    values.append(value)
+        return {key: points for key, points in found.items() if len(set(points[1])) > 1}
 
 
-def gauge(axis, rows: list[dict]) -> None:
-    """How far a visit has moved a prompt so far, with a standard error either way."""
-    for name, label, colour in (("epochs", "visits by the epochs", BLUE), ("replay", "visits by replay", ORANGE)):
-        known = [row for row in rows if row.get(f"gain_{name}_n", 0) >= 20]
-        steps, mean = series(known, f"gain_{name}")
-        _, error = series(known, f"gain_{name}_se")
+def draw_accuracy(axis, runs: list[Curves]) -> None:
+    for run in runs:
+        axis.plot(*run.smooth("reward"), color=run.colour, alpha=0.3, linewidth=1.5)
+        steps, values = run.accuracy()
         if steps:
-            axis.plot(steps, mean, color=colour, label=label)
-            low, high = ([m + sign * e for m, e in zip(mean, error, strict=True)] for sign in (-1, 1))
-            axis.fill_between(steps, low, high, color=colour, alpha=0.2, linewidth=0)
-    axis.axhline(0, color=GREY, linewidth=0.8)
-    axis.set(title="change of pass rate from visit to visit", xlabel="step")
+            label = f"{run.label}: {values[0]:.2f} to {values[-1]:.2f}"
+            axis.plot(steps, values, color=run.colour, linewidth=2.2, marker="o", markersize=4, label=label)
+    axis.set(title=f"{runs[0].measure}, and reward in training (pale)", ylim=(0, 1))
+    axis.set_ylabel("share of right answers")
 
 
-def where_time_went(axis, rows: list[dict], smooth: int) -> None:
-    parts = [series(rows, f"seconds_{name}", smooth)[1] for name in ("rollout", "reward", "update", "sync")]
-    steps, colours = [row["step"] for row in rows], (BLUE, GREEN, ORANGE, GREY)
-    axis.stackplot(steps, parts, labels=("rollout", "reward", "update", "sync"), colors=colours, linewidth=0)
-    axis.set(title="seconds of a step", xlabel="step")
+def draw_dead(axis, runs: list[Curves]) -> None:
+    for run in runs:
+        _, shares = series(run.rows, "zero_variance")
+        label = f"{run.label}: {sum(shares) / len(shares):.0%} of all"
+        axis.plot(*run.smooth("zero_variance"), color=run.colour, linewidth=2.2, label=label)
+    # of replayed prompts there are few in a step
+    rows = runs[0].rows
+    steps, values = series(rows, "zero_variance_replayed", max(len(rows) // 12, 1))
+    if steps:
+        axis.plot(steps, values, color=runs[0].colour, linestyle=":", linewidth=2, label="of replayed prompts")
+    axis.set(title="Dead groups: all right or all wrong, no gradient", ylabel="share of groups", ylim=(0, 1))
 
 
-def curves(folder: Path) -> Path:
-    """Eight panels: accuracy, dead groups, |advantage|, the gauge; pass rates, what replay did, entropy,
-    time."""
-    rows = read(folder / "metrics.jsonl")
-    smooth = max(len(rows) // 40, 1)
-    figure, axes = pyplot().subplots(2, 4, figsize=(17, 7), layout="constrained")
-    (accuracy, dead, advantage, moved), (rates, replay, entropy, time) = axes
+def draw_pass_rates(axis, runs: list[Curves]) -> None:
+    """Fresh and replayed prompts of the first run side by side, and all prompts of a second one as a line."""
+    run = runs[0]
+    kinds = [("pass_rates_fresh", "fresh prompts", 0.35), ("pass_rates_replayed", "replayed prompts", 1.0)]
+    kinds = [(run.pass_rates(key), label, alpha) for key, label, alpha in kinds if len(run.pass_rates(key))]
+    for i, (shares, label, alpha) in enumerate(kinds):
+        size = len(shares) - 1
+        places = (np.arange(size + 1) + 0.42 * (i - (len(kinds) - 1) / 2)) / size
+        axis.bar(places, shares, 0.8 / len(kinds) / size, color=run.colour, alpha=alpha, label=label)
+    for other in runs[1:]:
+        shares = other.pass_rates("pass_rates_fresh", "pass_rates_replayed")
+        places = np.linspace(0, 1, len(shares))
+        axis.plot(places, shares, color=other.colour, marker="_", markersize=12, linewidth=1, label=other.label)
+    axis.set(title="Pass rates that visits found", xlabel="pass rate of a group", ylabel="share of groups")
 
-    steps, values = series(rows, "eval_accuracy")
-    if rows[0].get("eval_accuracy_start") is not None:
-        steps, values = [0, *steps], [rows[0]["eval_accuracy_start"], *values]
-    accuracy.plot(*series(rows, "reward", smooth), color=GREY, label="reward in training")
-    accuracy.plot(steps, values, color=BLUE, marker="o", markersize=3, label="held-out accuracy")
-    accuracy.set(title="accuracy", xlabel="step", ylim=(0, 1))
 
-    dead.plot(*series(rows, "zero_variance", smooth), color=GREY, label="all")
-    dead.plot(*series(rows, "zero_variance_fresh", smooth), color=BLUE, label="fresh prompts")
-    dead.plot(*series(rows, "zero_variance_replayed", smooth), color=ORANGE, label="replayed prompts")
-    dead.set(title="zero-variance share of groups", xlabel="step", ylim=(0, 1))
+def draw_rule(axis, runs: list[Curves]) -> None:
+    """Up to four figures of the first run's rules, each by its largest value; without any, the signal."""
+    run = runs[0]
+    said = list(run.of_the_rule().items())[: len(STYLES)]
+    for (key, (steps, values)), style in zip(said, STYLES, strict=False):
+        top = max(map(abs, values)) or 1
+        form = ",.0f" if top >= 10 else ".2g"
+        window = max(len(values) // 20, 1)
+        means = np.convolve(values, np.ones(window) / window, "valid") / top
+        label = f"{key}, at most {top:{form}}"
+        axis.plot(steps[window - 1 :], means, style, color=run.colour, linewidth=2, label=label)
+    axis.set(title="What the rule says of itself", ylabel="share of the largest value")
+    if not said:
+        for one in runs:
+            axis.plot(*one.smooth("mean_abs_advantage"), color=one.colour, linewidth=2.2, label=one.label)
+        axis.set(title="Signal: how far rewards are from their group's mean", ylabel="mean |reward - mean|")
+    axis.set_ylim(bottom=0)
 
-    advantage.plot(*series(rows, "mean_abs_advantage", smooth), color=BLUE, label="mean |reward - group mean|")
-    advantage.plot(*series(rows, "replayed", smooth), color=ORANGE, label="share of prompts replayed")
-    advantage.set(title="signal per answer, and replay", xlabel="step", ylim=(0, None))
 
-    gauge(moved, rows)
-    pass_rate_bars(rates, rows)
-    what_replay_did(replay, rows)
-    entropy.plot(*series(rows, "entropy", smooth), color=GREEN, label="nats per token")
-    entropy.set(title="entropy", xlabel="step", ylim=(0, None))
-    where_time_went(time, rows, smooth)
-    for axis in axes.flat:
-        axis.spines[["top", "right"]].set_visible(False)
-        if axis.get_legend_handles_labels()[0]:
-            axis.legend(frameon=False, fontsize=8)
-    return save(figure, folder / "curves.png")
+def curves(folder: Path, beside: Path | None = None) -> Path:
+    """Draws curves.png: accuracy, dead groups, pass rates at visits, and what the rule says of itself. beside: the
+    folder of a run to lay beside it, as a baseline."""
+    runs = [Curves(Path(one)) for one in (folder, beside) if one]
+    if len(runs) == 2 and runs[0].method == runs[1].method:
+        runs[1].colour = GREY
+        for run in runs:
+            run.label = str(run.folder)
+    plt = pyplot()
+    with plt.rc_context({"font.size": 13, "axes.titlesize": 14, "legend.fontsize": 12}):
+        figure, axes = plt.subplots(2, 2, figsize=(12, 8), layout="constrained")
+        draw_accuracy(axes[0, 0], runs)
+        draw_dead(axes[0, 1], runs)
+        draw_pass_rates(axes[1, 0], runs)
+        draw_rule(axes[1, 1], runs)
+        for axis in axes.flat:
+            axis.spines[["top", "right"]].set_visible(False)
+            axis.set_xlabel(axis.get_xlabel() or "step")
+            if axis.get_legend_handles_labels()[0]:
+                axis.legend(frameon=False)
+        return save(figure, runs[0].folder / "curves.png", colours=48, dpi=90)
+
+
+def main(folders: list[str]) -> int:
+    from support import lives  # it draws with what stands here
+
+    try:
+        if not 1 <= len(folders) <= 2:
+            raise ValueError(f"one or two folders of runs are drawn, got {len(folders)}")
+        for path in lives.figures(*map(Path, folders)):
+            print(path)
+    except (OSError, ValueError, KeyError) as error:
+        print(f"error: {error}; python -m support.plot out/RUN, or out/RUN out/BASELINE", file=sys.stderr)
+        return 2
+    return 0
 
 
 if __name__ == "__main__":
-    try:
-        if not sys.argv[1:]:
-            raise ValueError("no folder of a run given")
-        from support import lives  # it draws with what stands here
-
-        for name in sys.argv[1:]:
-            print(*lives.figures(Path(name)))
-    except (OSError, ValueError, KeyError) as error:
-        print(f"error: {error}; give folders of runs: python -m support.plot out/RUN", file=sys.stderr)
-        sys.exit(2)
+    sys.exit(main(sys.argv[1:]))

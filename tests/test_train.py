@@ -127,6 +127,7 @@ def test_every_visit_of_a_run_is_written_down(finished):
         for kind, key in enumerate(("pass_rates_fresh", "pass_rates_replayed")):
             assert np.bincount(mine["right"][mine["replayed"] == kind], minlength=5).tolist() == row[key]
     assert len(np.unique(visits["prompt"])) == rows[-1]["distinct_prompts"]
+    assert set(plot.Curves(out).of_the_rule()) == {"buffer", "prompt_uses"}  # and no other key of a row
 
 
 def test_same_seed_same_run_and_other_seed_another(finished, tmp_path):

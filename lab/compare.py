@@ -5,6 +5,7 @@
     python -m lab.compare --methods none prompt --seeds 12 -- --lr 1e-4 --share 0.5     after --: flags for every run
     python -m lab.compare --methods none prompt --lrs 1e-4 5e-4 2e-3     each rate, and the best for each method
     python -m lab.compare out/run1 out/run2 ...                          runs that are there already
+    python -m lab.compare out/mine docs/reference/prompt                 a run of one's own against a reference run
 
 Runs of one seed share initial model, prompt order, sampling noise of equal answers, and evaluation. The first method
 is the baseline (of given folders: plain GRPO). Everything is read from the runs' config.json and metrics.jsonl; a
@@ -48,7 +49,19 @@ WINDOW = 0.2  # share of a cost over whose end accuracy is averaged
 POINTS = 41  # of a curve in results.json
 OBJECTIVE = ("advantage", "clip_high", "dual_clip", "normaliser")  # equal over the arms
 # settings that say where and how a run is kept, and do not make it another run
-KEEPING = {"given", "commit", "seed", "out", "resume", "steps", "save_every", "wandb", "tensorboard"}
+KEEPING = {
+    "given",
+    "command",
+    "thinned",
+    "commit",
+    "seed",
+    "out",
+    "resume",
+    "steps",
+    "save_every",
+    "wandb",
+    "tensorboard",
+}
 HEALTH = ["zero_variance", "mean_abs_advantage", "replayed"]
 
 
@@ -93,7 +106,8 @@ def read_run(folder: Path) -> dict:
         raise ValueError(f"{folder} is no folder of a run: it has no config.json; give the folders of runs alone")
     settings = json.loads((folder / "config.json").read_text())
     rows = pd.DataFrame(plot.read(folder / "metrics.jsonl"))
-    if rows["step"].tolist() != list(range(1, len(rows) + 1)):
+    every = settings.get("thinned", 1)  # a reference run has one row for so many steps (lab/reference.py)
+    if rows["step"].tolist() != [every * number for number in range(1, len(rows) + 1)]:
         raise ValueError(f"{folder / 'metrics.jsonl'} has not every step once; remove the folder and run it again")
     if "eval_accuracy" not in rows:
         raise ValueError(f"{folder} has no evaluations to compare; run it with --eval-every above 0")
@@ -240,8 +254,8 @@ def curve(arm: list[dict], cost: str) -> dict:
 
 def differing_settings(runs: list[dict], methods: list[str]) -> dict[str, dict[str, str]]:
     """Each method's value of every setting that is not the same for all; a/b where runs of one method
-    differ."""
-    names = sorted({name for run in runs for name in run["config"]} - KEEPING)
+    differ. A setting that some run does not know, as it is of an earlier version, is left out."""
+    names = sorted(set.intersection(*(set(run["config"]) for run in runs)) - KEEPING)
     found = {}
     for name in names:
         values = {}
@@ -415,7 +429,7 @@ def run_or_read(flags: Flags, arms: dict[str, list[str]], extra: list[str]) -> d
     if bool(flags.runs) == bool(arms):
         raise ValueError("give folders of runs, or --methods (and --arms) to run")
     if flags.runs:
-        return {"": [read_run(Path(folder)) for folder in flags.runs]}
+        return {"": named_apart([read_run(Path(folder)) for folder in flags.runs], flags.runs)}
     if min(flags.seeds, flags.jobs, flags.budget_rollouts) < 1:
         raise ValueError("--seeds, --jobs and --budget-rollouts must be at least 1")
     if flags.seeds < 4 and flags.lrs:
@@ -438,6 +452,14 @@ def run_or_read(flags: Flags, arms: dict[str, list[str]], extra: list[str]) -> d
                 jobs.append((folder, [*shared, *rate, *own, "--seed", str(seed)]))
     run_all(jobs, flags.jobs)
     return {lr: [read_run(folder) | {"method": method} for method, folder in some] for lr, some in folders.items()}
+
+
+def named_apart(runs: list[dict], folders: tuple[str, ...]) -> list[dict]:
+    """Two runs of one method and seed, such as one's own and the reference run, bear the names of their folders."""
+    same = len({(run["method"], run["seed"]) for run in runs}) == 1
+    if len(runs) == 2 and same and len(set(folders)) == 2:
+        return [run | {"method": folder} for run, folder in zip(runs, folders, strict=True)]
+    return runs
 
 
 def write_results(out: Path, name: str, runs: list[dict], methods: list[str], command: str, **more) -> dict:
@@ -472,8 +494,9 @@ def compare(flags: Flags, extra: list[str], command: str) -> None:
     arms = arms_of(flags)
     by_lr = run_or_read(flags, arms, extra)
     methods = list(arms)
-    if not methods:  # of given folders: plain GRPO first
-        methods = sorted({run["method"] for run in by_lr[""]}, key=lambda method: (method != "none", method))
+    if not methods:  # of given folders: plain GRPO first; of two runs of one method the second one
+        last = by_lr[""][-1]["method"] if by_lr[""][-1]["method"] in flags.runs else "none"
+        methods = sorted({run["method"] for run in by_lr[""]}, key=lambda method: (method != last, method))
     out = Path(flags.out)
     out.mkdir(parents=True, exist_ok=True)
     results = {}

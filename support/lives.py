@@ -188,7 +188,7 @@ def draw(visits: np.ndarray, path: str | Path, rows: int = ROWS) -> Path:
             matrix(axis, counts, f"{counts.sum():,} returns by {name}, % of each row")
             axis.set_ylabel("visit before (number)")
         axes[1].set_xlabel("pass rate at the return visit")
-        return plot.save(figure, Path(path))
+        return plot.save(figure, Path(path), dpi=100)
 
 
 def figures(folder: Path, beside: Path | None = None) -> list[Path]:

@@ -178,14 +178,17 @@ class Gauge(Saved):
                 first = 3 if group.prompt in replays else 0
                 self.sums[first : first + 3] += (1, change, change**2)
             self.rate[group.prompt] = rate
-        if self.file:
-            visits = []
-            for group in groups:
-                right = int((group.rewards >= 1).sum())
-                visits.append((group.birth, group.prompt, right, len(group.rewards), group.prompt in replays))
+        if self.file and groups:
+            rewards = torch.stack([group.rewards for group in groups]).numpy()  # [P, G]
+            visits = np.zeros(len(groups), lives.VISIT)
+            visits["step"] = groups[0].birth
+            visits["prompt"] = [group.prompt for group in groups]
+            visits["right"] = (rewards >= 1).sum(1)
+            visits["answers"] = rewards.shape[1]
+            visits["replayed"] = [group.prompt in replays for group in groups]
             try:
                 with open(self.file, "ab") as file:
-                    file.write(np.array(visits, lives.VISIT).tobytes())
+                    file.write(visits.tobytes())
             except OSError as error:
                 raise cannot_write(self.file, self.file.parent, error) from error
         figures = {}

@@ -90,7 +90,7 @@ def pyplot():
     return matplotlib.pyplot
 
 
-def save(figure, path: Path, colours: int = 128, dpi: int = 100) -> Path:
+def save(figure, path: Path, colours: int = 128, dpi: int = 110) -> Path:
     """As a PNG of so many colours, which takes a third of the room. OSError, in one line, where it cannot be
     written."""
     from PIL import Image

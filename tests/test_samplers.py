@@ -127,7 +127,8 @@ def test_f2_e_the_state_does_not_grow_with_visits(make_sampler):
     simulate(sampler, mixed_rates(20), range(20), 4, refills=(2,))
     before = numbers(sampler.state_dict())
     simulate(sampler, mixed_rates(20), range(20, 1020), 4, refills=(2,))
-    assert numbers(sampler.state_dict()) == before
+    # The latest batch may differ, and how much of it replay brought; a number for each visit would be thousands.
+    assert numbers(sampler.state_dict()) < before + 20
 
 
 @pytest.mark.parametrize("point", ["before the draw", "before a refill", "before the results"])

@@ -271,6 +271,7 @@ class DynamicSampling(ReplayStore):
     are left over lead the next batch."""
 
     DECIDES = "places"  # what fills the places of dead groups
+    FLAGS = ("max_rounds",)  # that the loop reads for this rule alone
 
     def complete(self, useful: list[Group], places: int, step: int) -> list[Group]:
         ready = [*self.stored, *useful]

@@ -13,7 +13,6 @@ One step, in `train` below, and where each part stands:
 """
 
 import copy
-import math
 import sys
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -318,7 +317,7 @@ def train(run: Run) -> int:
         groups: list[Group] = []  # all that are generated in this step
         useful: list[Group] = []  # those with a gradient; dead groups never reach the update
         for rule in (run.sampler, *run.stores.values()):
-            rule.progress = max((step - 1) / cfg.steps, run.rollouts / (cfg.max_rollouts or math.inf))
+            rule.progress = max((step - 1) / cfg.steps, run.rollouts / (cfg.max_rollouts or float("inf")))
 
         # 1. Rollouts. One round; with dynamic sampling (DAPO) as many as it takes to fill the batch.
         for _ in range(cfg.max_rounds if run.refills else 1):
@@ -381,6 +380,7 @@ def main(argv: list[str]) -> int:
     broken = config.exits(1, rollout.EngineAstray, FloatingPointError, reward.VerifierBroken, all_ranks=True)
     with wrong, broken, memory:
         with config.exits(2, ValueError, OSError):
+            config.remark(cfg, given, METHODS)
             if cfg.dry_run:
                 print(dry_run(cfg, given))
                 return 0

@@ -19,6 +19,8 @@ import tyro
 ROOT = Path(__file__).parent.parent  # of the project
 OUT = ROOT / "out"  # where runs, and the embedded model, are kept
 
+READ_BY_THE_LOOP = {"seed", "prompts_per_step", "num_prompts"}  # and by rules too
+
 # Least and largest value of each number of train.py and eval.py. What is beyond the largest is a slip of the hand: it
 # would start, and never end.
 BOUNDS = {
@@ -308,6 +310,41 @@ def choose_rules(replay: str, methods: dict) -> dict[str, type]:
                 raise ValueError(f"--replay {replay}: {both} decide the same thing; choose one of them")
             chosen[place] = rule
     return chosen
+
+
+def remark(cfg, given: list[str], methods: dict) -> None:
+    """Prints what the methods named by --replay set besides their rules, and which flags `given` by hand no chosen rule
+    takes. ValueError as `load_rules`."""
+    if os.environ.get("RANK", "0") != "0":
+        return
+    settings = {}
+    for name in cfg.replay.split("+"):
+        settings |= methods[name].settings if name in methods else {}
+    also = [f"{flag(name)} {spelled(getattr(cfg, name))}" for name in settings if name not in given]
+    if also:
+        print(f"--replay {cfg.replay} also sets {', '.join(also)}")
+
+    # Flags of rules only: what the loop reads as well always has an effect.
+    known = set()
+    for method in methods.values():
+        known |= flags_of(load_class(rule) if isinstance(rule, str) else rule for rule in method.rules)
+    taken = flags_of(choose_rules(cfg.replay, methods).values())
+    for name in given:
+        if name in known - taken - READ_BY_THE_LOOP:
+            print(f"warning: {flag(name)} has no effect, no rule of --replay {cfg.replay} takes it")
+
+
+def spelled(value) -> str:
+    """A setting as it is written on the command line."""
+    return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+
+def flags_of(rules) -> set[str]:
+    """The flags that `rules` take: their constructors' arguments, and what their FLAGS name."""
+    names = set()
+    for rule in rules:
+        names |= set(inspect.signature(rule).parameters) | set(getattr(rule, "FLAGS", ()))
+    return names
 
 
 def decides(rule: type) -> str:

@@ -403,6 +403,24 @@ def test_a_users_rule_trains_resumes_and_names_the_folder_of_its_run(tmp_path, m
     assert any(row["again"] for row in rows)
 
 
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("", ""),
+        ("--prompts-per-step 8 --seed 3", ""),
+        ("--cooldown 5", "warning: --cooldown has no effect, no rule of --replay none takes it"),
+        ("--replay prompt --cooldown 5", "--replay prompt also sets --mask-truncated True"),
+        ("--replay dapo --max-rounds 3 --clip-high 0.3", "--replay dapo also sets --advantage std"),
+        ("--replay greso --max-rounds 3", "warning: --max-rounds has no effect, no rule of --replay greso takes it"),
+    ],
+)
+def test_what_a_method_sets_and_what_has_no_effect_is_said(capsys, words, said):
+    argv = words.split()
+    cfg, given = config.parse(train.Config, argv, "", config.preset(train.Config, argv, {}, train.METHODS))
+    config.remark(cfg, given, train.METHODS)
+    assert capsys.readouterr().out.splitlines() == ([said] if said else [])
+
+
 # ---------------------------------------------------------------- mistakes
 
 
@@ -424,6 +442,7 @@ def test_what_is_wrong_everywhere_is_said_once_and_what_is_wrong_somewhere_there
     monkeypatch, capsys, rank, all_ranks, said
 ):
     monkeypatch.setenv("RANK", rank)
+    monkeypatch.setattr(config.time, "sleep", lambda seconds: None)  # the others let the rank that speaks leave first
     with pytest.raises(SystemExit) as stop, config.exits(1, ValueError, all_ranks=all_ranks):
         raise ValueError("this is wrong")
     assert stop.value.code == 1 and capsys.readouterr().err.count("error: this is wrong") == said

@@ -96,8 +96,8 @@ def start(folder: Path, *flags: str, main: Callable = train.main, curves: bool =
 
     def work() -> int:
         if not curves:
-            plot.curves = lambda folder: folder / "curves.png"
-            lives.draw = lambda _, path: path
+            plot.curves = lambda folder, *_: folder / "curves.png"
+            lives.draw = lambda _, path, *__: path
         return main(argv)
 
     return Child(work, folder.with_name(folder.name + ".console"))

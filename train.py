@@ -225,7 +225,6 @@ class Run:
 
 def dry_run(cfg: Config, given: list[str]) -> str:
     """What a run would do and need; loads no weights, and refuses what a run would refuse."""
-    config.check_training(cfg)
     reward.choose(cfg)
     checkpoint.choose_folder(cfg, config.OUT)
     if cfg.model:
@@ -380,6 +379,7 @@ def main(argv: list[str]) -> int:
     broken = config.exits(1, rollout.EngineAstray, FloatingPointError, reward.VerifierBroken, all_ranks=True)
     with wrong, broken, memory:
         with config.exits(2, ValueError, OSError):
+            config.check_training(cfg)
             config.remark(cfg, given, METHODS)
             if cfg.dry_run:
                 print(dry_run(cfg, given))

@@ -159,7 +159,7 @@ def load(name: str) -> Reward:
 
 def choose(cfg) -> tuple[Reward, Reward]:
     """What a run is trained on, and what scores its held-out answers."""
-    return load(cfg.reward), load(cfg.judge or judge_of(cfg))
+    return load(cfg.reward), load(judge_of(cfg))
 
 
 def judge_of(cfg) -> str:

@@ -50,11 +50,11 @@ GRADED_AT_ONCE = 256  # answers between two moves of the progress bar
 @dataclass
 class Config:
     model: str = ""  # Hugging Face id or folder; without it the embedded model
-    benchmarks: tuple[str, ...] = ()  # names, NAME=FILE, data files, or task.py; without any all six, or embedded
+    benchmarks: tuple[str, ...] = ()  # names, NAME=FILE, data files, task.py; default: all six, or embedded
     task: str = ""  # instead of benchmarks: path/to/task.py, its held-out problems, scored by it
     instruction: str = "auto"  # put behind each problem, as in training: auto, none, or a text
-    samples: tuple[str, ...] = ()  # answers to a problem: K or NAME=K; without it 32 for AIME and AMC, else 4
-    pass_at: tuple[int, ...] = ()  # each k of pass@k; without it 1 4 8 16 32, as far as there are answers
+    samples: tuple[str, ...] = ()  # answers to a problem: K or NAME=K; default: 32 for AIME and AMC, else 4
+    pass_at: tuple[int, ...] = ()  # each k of pass@k; default: 1 4 8 16 32, where there are answers
     temperature: float = 0.6  # 0 is greedy (embedded: 1)
     max_tokens: int = 7168  # of an answer, as in training (embedded: 15)
     thinking: bool = False  # enable_thinking of the chat template; with neither flag the template decides
@@ -64,8 +64,8 @@ class Config:
     vllm: str = ""  # vLLM: other arguments of its own, as JSON: {"kv_cache_memory_bytes": 21474836480}
     batch: int = 512  # answers generated between two saves
     reward: str = ""  # as for train.py; without it math (embedded: equation)
-    problem_column: str | None = None  # of data files; found by itself if it has a usual name
-    answer_column: str | None = None  # of data files; found by itself if it has a usual name
+    problem_column: str | None = None  # of data files; found if it has a usual name
+    answer_column: str | None = None  # of data files; found if it has a usual name
     revision: tuple[str, ...] = ()  # NAME=HASH of a benchmark, if not the pinned one
     out: str = ""  # folder of results and completions; without it one for these settings under out/
     baseline: str = ""  # results.json to compute AES against

@@ -66,19 +66,19 @@ class Config:
 
     # ---- what is trained, and on what
     model: str = ""  # Hugging Face id or folder; without it the embedded model is made and trained
-    data: str = ""  # polaris (the default), dolci, dapo, gsm8k, math; OWNER/NAME of Hugging Face; or a file
+    data: str = ""  # polaris (default), dolci, dapo, gsm8k, math; OWNER/NAME of the hub; or a file
     task: str = ""  # instead of data: path/to/task.py with rows() and score(responses, golds)
     data_options: str = ""  # for the hub, as JSON: '{"name": "main", "split": "test", "revision": "HASH"}'
-    problem_column: str | None = None  # column of the problem; found by itself if it has a usual name
-    answer_column: str | None = None  # column of the gold answer; found by itself if it has a usual name
-    difficulty: tuple[float, float] = (0.0, 1.0)  # keep pass rates within, by the column `difficulty`
+    problem_column: str | None = None  # column of the problem; found if it has a usual name
+    answer_column: str | None = None  # column of the gold answer; found if it has a usual name
+    difficulty: tuple[float, float] = (0.0, 1.0)  # pass rates to keep, by the column `difficulty`
     sharing: Literal["digits", "columns", "none"] = "digits"  # embedded task: what prompts share
     keep_overlap: bool = False  # do not look for benchmark problems in data of the hub
     thinking: Literal["auto", "on", "off"] = "auto"  # enable_thinking of the template
     max_prompts: int = 0  # train on the first so many prompts only; 0: all
     reward: str = "math"  # math, equation, random, always, format, or path/to/file.py:function
     judge: str = ""  # of held-out answers, named as a reward; default: the task's own verifier
-    instruction: str = "auto"  # put behind each problem; auto: to reason and to box the answer; none; or a text
+    instruction: str = "auto"  # behind each problem; auto: to reason and to box the answer; none; a text
     # ---- the run
     out: str = ""  # folder of the run; default: a new one under out/
     seed: int = 0  # of prompt order, sampling and replay
@@ -142,7 +142,7 @@ class Config:
     grad_clip: float = 1.0  # largest gradient norm
     minibatches: int = 1  # optimiser steps per pass over the batch
     epochs: int = 1  # passes over the batch
-    tokens_per_microbatch: int = 8192  # bounds the memory of the update; one sequence is never divided
+    tokens_per_microbatch: int = 8192  # bounds the update's memory; a sequence is never divided
     offload: Literal["auto", "on", "off"] = "auto"  # float32 weights and AdamW on the host
     dtype: Literal["bfloat16", "float32"] = "bfloat16"  # of computation; weights stay float32
     gradient_checkpointing: bool = True  # a tenth of the activations' memory, for a third more time

@@ -2,6 +2,7 @@
 
     python -m lab.bench                     all that this machine can run
     python -m lab.bench step replay         these sections only
+    python -m lab.bench gpu [--tiny]        all that needs a GPU, in parts, with a table at the end (lab/bench_gpu.py)
     python -m lab.bench profile [flags of train.py]     a trace of a run's steps 3 and 4, to open in Perfetto
 
 Sections (every figure is a median over repetitions, with the spread, and stands beside its peer's):
@@ -30,7 +31,7 @@ from dataclasses import dataclass
 import torch
 from tyro.conf import Positional
 
-from lab import contenders
+from lab import bench_gpu, contenders
 from support.config import OUT, ROOT, parse
 
 REPETITIONS = 3
@@ -38,7 +39,7 @@ REPETITIONS = 3
 
 @dataclass
 class Flags:
-    sections: Positional[tuple[str, ...]] = ()  # sections to run, or profile; default: all sections
+    sections: Positional[tuple[str, ...]] = ()  # sections to run, or gpu or profile; default: all sections
     contender: str = ""  # for this program itself: run one contender and print its figures
 
 
@@ -237,6 +238,8 @@ def sections() -> dict:
 def main(argv: list[str]) -> int:
     if argv[:1] == ["profile"]:
         return profile(argv[1:])
+    if argv[:1] == ["gpu"]:
+        return bench_gpu.main(argv[1:])
     flags, _ = parse(Flags, argv, __doc__)
     if flags.contender:
         print(json.dumps(getattr(contenders, f"contender_{flags.contender}")()))
@@ -244,7 +247,7 @@ def main(argv: list[str]) -> int:
     known = sections()
     unknown = sorted(set(flags.sections) - set(known))
     if unknown:
-        choices = ", ".join([*known, "profile"])
+        choices = ", ".join([*known, "gpu", "profile"])
         print(f"error: no section {', '.join(unknown)}; choose from {choices}", file=sys.stderr)
         return 2
     for name in flags.sections or known:

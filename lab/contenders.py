@@ -5,12 +5,14 @@ a random Qwen3 of 0.6 B. On a CPU they run small, so that they are known to work
 """
 
 import json
+import random
 import resource
 import statistics
 import sys
 import tempfile
 import threading
 import time
+from pathlib import Path
 
 import torch
 
@@ -82,11 +84,23 @@ NARROW = {
     "head_dim": 64,
 }
 
-# generation: prompts, answers to each, tokens of each
+# generation: prompts, answers to each, tokens of each; and how often it is timed
 PROMPTS = 64 if GPU else 32
 ANSWERS = 16
-TOKENS = 1024 if GPU else 48
+TOKENS = 512 if GPU else 48
 PROMPT_TOKENS = 24
+TURNS = 5 if GPU else 10
+STEPS = 12 if GPU else 30  # of training
+
+
+def be_tiny() -> None:
+    """Makes models small and runs short, on the CPU: for `python -m lab.bench gpu --tiny`."""
+    global PROMPTS, ANSWERS, TOKENS, TURNS, STEPS, MEDIUM
+    PROMPTS, ANSWERS, TOKENS = (4, 4, 16)
+    TURNS = 2
+    STEPS = 7
+    MEDIUM = SMALL
+    torch.set_num_threads(1)
 
 
 def length_of(answer) -> int:
@@ -105,6 +119,25 @@ def make_model(shape: dict, device: str = DEVICE):
     torch.manual_seed(0)
     with torch.device(device):
         return Qwen3ForCausalLM(Qwen3Config(**shape)).float().eval()
+
+
+def write_model(shape: dict, folder: Path) -> None:
+    """In `folder`: a random Qwen3 in bf16 with the embedded task's tokenizer, and problems of 150 tokens."""
+    from transformers import AutoModelForCausalLM, Qwen3Config
+
+    from support import costs
+    from tasks import tiny
+
+    torch.manual_seed(0)
+    with torch.device(DEVICE):
+        model = AutoModelForCausalLM.from_config(Qwen3Config(**shape), dtype=torch.bfloat16)
+    model.save_pretrained(folder / "model")
+    tiny.make_tokenizer().save_pretrained(folder / "model")
+    digits = random.Random(0)
+    with open(folder / "problems.jsonl", "w") as file:
+        for _ in range(128):
+            problem = "".join(digits.choices("0123456789", k=costs.PROMPT))
+            file.write(json.dumps({"problem": problem, "answer": "1"}) + "\n")
 
 
 def make_answer(prompt: tuple[int, ...], tokens: torch.Tensor) -> Answer:
@@ -205,12 +238,14 @@ def contender_step_ours(*flags: str) -> dict[str, float]:
     marks = Marks()
     after_each_step(marks.note)
     with tempfile.TemporaryDirectory() as folder:
-        usual = ["--out", f"{folder}/run", "--steps", "30", "--eval-every", "0", "--save-every", "1000"]
+        usual = ["--out", f"{folder}/run", "--steps", str(STEPS), "--eval-every", "0", "--save-every", "1000"]
         train.main([*usual, *flags])
     return marks.figures()
 
 
-def contender_step_trl(**options) -> dict[str, float]:
+def contender_step_trl(path: str = "", pairs: list | None = None, **options) -> dict[str, float]:
+    """path: of a model, and (problem, answer) `pairs` whose rewards are a matter of chance; by default the embedded
+    model and task."""
     from datasets import Dataset
     from transformers import TrainerCallback
     from trl import GRPOConfig, GRPOTrainer
@@ -220,7 +255,7 @@ def contender_step_trl(**options) -> dict[str, float]:
     from tasks import tiny
 
     torch.set_num_threads(1)
-    model, tokenizer, _ = load_model(str(tiny.make(tiny.home())))
+    model, tokenizer, _ = load_model(path or str(tiny.make(tiny.home())))
     marks = Marks()
 
     class Note(TrainerCallback):
@@ -228,11 +263,11 @@ def contender_step_trl(**options) -> dict[str, float]:
             marks.note()
 
     def score(completions, answer, **_):
-        return reward.grade_equation(completions, answer)
+        return (reward.grade_random if path else reward.grade_equation)(completions, answer)
 
     # the embedded task's own settings: 16 prompts x 8 answers of 15 tokens
     settings = {
-        "max_steps": 30,
+        "max_steps": STEPS,
         "per_device_train_batch_size": 128,
         "num_generations": 8,
         "max_completion_length": 15,
@@ -247,7 +282,8 @@ def contender_step_trl(**options) -> dict[str, float]:
         "optim": "adamw_torch_fused",
         "use_cpu": True,
     }
-    pairs, _ = tiny.problems("digits", tiny.HELD_OUT)
+    if pairs is None:
+        pairs, _ = tiny.problems("digits", tiny.HELD_OUT)
     with tempfile.TemporaryDirectory() as folder:
         trainer = GRPOTrainer(
             model=model,
@@ -262,11 +298,38 @@ def contender_step_trl(**options) -> dict[str, float]:
 
 
 def contender_colocated_ours() -> dict[str, float]:
-    return contender_step_ours("--engine", "vllm")
+    """On a GPU a random Qwen3 of 0.6 B, 16 prompts x 8 answers of 512 tokens; on a CPU the embedded model."""
+    if not GPU:
+        return contender_step_ours()
+    with tempfile.TemporaryDirectory() as folder:
+        write_model(QWEN3_600M, Path(folder))
+        flags = ["--model", f"{folder}/model", "--data", f"{folder}/problems.jsonl", "--reward", "random"]
+        flags += ["--instruction", "none", "--engine", "vllm", "--max-tokens", "512", "--max-prompt-tokens", "256"]
+        flags += ["--prompts-per-step", "16", "--answers-per-prompt", "8"]
+        return contender_step_ours(*flags)
 
 
 def contender_colocated_trl() -> dict[str, float]:
-    return contender_step_trl(use_cpu=False, use_vllm=True, vllm_mode="colocate", vllm_gpu_memory_utilization=0.45)
+    """The same by TRL, in micro-batches of 8 answers."""
+    if not GPU:
+        return contender_step_trl()
+    options = {
+        "use_cpu": False,
+        "use_vllm": True,
+        "vllm_mode": "colocate",
+        "vllm_gpu_memory_utilization": 0.45,
+        "vllm_max_model_length": 768,
+        "max_completion_length": 512,
+        "per_device_train_batch_size": 8,
+        "gradient_accumulation_steps": 16,
+        "bf16": True,
+        "gradient_checkpointing": True,
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        write_model(QWEN3_600M, Path(folder))
+        lines = Path(folder, "problems.jsonl").read_text().splitlines()
+        pairs = [tuple(json.loads(line).values()) for line in lines]
+        return contender_step_trl(f"{folder}/model", pairs, **options)
 
 
 # ---------------------------------------------------------------- memory of one update
@@ -497,9 +560,9 @@ def on_vllm(work) -> dict:
     from train import Config
 
     model = make_model(QWEN3_600M if GPU else MEDIUM)
-    options = {"enable_sleep_mode": False}
-    if not GPU:
-        options["kv_cache_memory_bytes"] = 2**29
+    options = {"enable_sleep_mode": False, "kv_cache_memory_bytes": 2**29}
+    if GPU:
+        options["kv_cache_memory_bytes"] = torch.cuda.get_device_properties(0).total_memory // 2
     cfg = Config(
         max_prompt_tokens=PROMPT_TOKENS,
         max_tokens=TOKENS,
@@ -532,7 +595,7 @@ def speeds_of_both(engine, _) -> dict[str, list[float]]:
         "bare": lambda: engine.llm.generate(asked, params, use_tqdm=False),
     }
     speeds = {name: [] for name in cases}
-    for turn in range(11):
+    for turn in range(TURNS + 1):
         for name, case in cases.items():
             start = time.perf_counter()
             case()

@@ -1,7 +1,7 @@
 """What a run will take, before it is started: seconds of a step, and GPU hours. Planned by arithmetic, not measured.
 
 Bytes and operations of each part of a step, divided by what a GPU can do at most (CARDS, from its maker) and by the
-share of it that is assumed to be had (below). `python -m lab.bench update vllm` measures the first two.
+share of it that is assumed to be had (below). `python -m lab.bench gpu` puts measured seconds beside them.
 
     rollout    each decoding step reads the engine's weights and the KV cache of all that run; 2 P operations a token
     update     2 U + 2 V H operations a token for the forward pass, twice that for the backward pass, once more what is
@@ -51,31 +51,31 @@ def card_of(gpu: float, name: str = "") -> Card:
     return min(reversed(CARDS), key=lambda card: abs(card.size - gpu / 2**30))
 
 
-def step_seconds(s: dict, cfg, found: dict, card: Card) -> dict[str, float]:
-    """Seconds of each part of a step. s: plan.shape's; found: plan.plan's, whose KV cache has to hold an answer."""
+def step_seconds(s: dict, cfg, found: dict, card: Card, full: bool = False) -> dict[str, float]:
+    """Seconds of each part of a step. s: plan.shape's; found: plan.plan's, whose KV cache has to hold an answer.
+    full: all answers are as long as they may be, as those of random weights are (lab/bench_gpu.py)."""
     prompt = min(PROMPT, cfg.max_prompt_tokens)
     longest = cfg.max_tokens
-    mean = longest / 2
+    mean = longest if full else longest / 2
+    square = longest**2 if full else longest**2 / 3  # mean of the squared lengths
     answers = cfg.prompts_per_step * cfg.answers_per_prompt / found["gpus"]
-    # Lengths from 0 to `longest`: the sum over the tokens of an answer of what each of them sees.
-    seen = prompt * mean + longest**2 / 6
+    seen = prompt * mean + square / 2  # the sum over the tokens of an answer of what each of them sees
     return {
-        "rollout": rollout_seconds(s, cfg, found, card, answers, seen),
+        "rollout": rollout_seconds(s, cfg, found, card, answers, mean, seen),
         "update": update_seconds(s, cfg, card, answers * (mean + prompt), answers * seen),
         "optimiser": cfg.epochs * cfg.minibatches * optimiser_seconds(s, found, card),
         "sync": 6 * s["parameters"] / (MEMORY * card.memory),
     }
 
 
-def rollout_seconds(s: dict, cfg, found: dict, card: Card, answers: float, seen: float) -> float:
-    """answers: on each GPU; seen: tokens that the tokens of one see, in all."""
-    tokens = answers * cfg.max_tokens / 2
+def rollout_seconds(s: dict, cfg, found: dict, card: Card, answers: float, mean: float, seen: float) -> float:
+    """answers: on each GPU, of `mean` tokens; seen: tokens that the tokens of one see, in all."""
+    tokens = answers * mean
     token = found["kv"]["token"]
-    # An answer holds, on average over its life, a third of the longest in the cache: so many run side by side.
-    held = token * (min(PROMPT, cfg.max_prompt_tokens) + cfg.max_tokens / 3)
-    at_once = max(min(found["kv"]["pool"] / held, cfg.rollout_batch, answers), 1)
+    # What an answer holds in the cache, on average over its life: so many run side by side.
+    at_once = max(min(found["kv"]["pool"] / (token * seen / mean), cfg.rollout_batch, answers), 1)
     # Decoding steps: as many as the longest answer has, or all of the tokens take, and then the last ones alone.
-    steps = max(cfg.max_tokens, tokens / at_once + cfg.max_tokens / 2)
+    steps = max(cfg.max_tokens, tokens / at_once + cfg.max_tokens - mean)
     size = 2 if cfg.dtype == "bfloat16" else 4
     read = steps * size * s["parameters"] + answers * seen * token
     return read / (MEMORY * card.memory) + 2 * s["parameters"] * tokens / (MATRIX * card.peak)

@@ -38,6 +38,23 @@ def test_seconds_of_qwen3_8b_on_one_h100_by_hand():
     assert found["rollout"] == pytest.approx(read / (0.6 * 3.35e12) + made / (0.35 * 989e12), rel=0.01)
 
 
+def test_answers_of_full_length_by_hand():
+    """As random weights give them: twice the tokens, which see four times a third of the square."""
+    s, cfg, found, card = planned("Qwen3-1.7B", "1x80", max_tokens=2048)
+    full = costs.step_seconds(s, cfg, found, card, full=True)
+    pairs = 150 * 2048 + 2048**2 / 2
+    work = 8 * (s["linear"] + s["vocabulary"] * s["hidden"]) * 512 * (2048 + 150)
+    work += 4 * 4 * s["layers"] * s["queries"] * 512 * pairs
+    assert full["update"] == pytest.approx(work / (0.35 * 989e12), rel=0.001)
+    # 50.2 GiB of KV cache hold 400 answers of half the length: all take so many decoding steps, and none is alone
+    at_once = found["kv"]["pool"] / found["kv"]["token"] / (150 + 1024)
+    assert 350 < at_once < 450
+    steps = 512 * 2048 / at_once
+    read = steps * 2 * s["parameters"] + 512 * pairs * found["kv"]["token"]
+    made = 2 * s["parameters"] * 512 * 2048
+    assert full["rollout"] == pytest.approx(read / (0.6 * 3.35e12) + made / (0.35 * 989e12), rel=0.001)
+
+
 @pytest.mark.parametrize(
     ("part", "before", "after", "factor"),
     [

@@ -31,30 +31,21 @@ from statistics import fmean
 from types import SimpleNamespace
 from typing import Literal
 
-import torch
-from tqdm import tqdm
-
-import reward
-from rollout import choose_engine, make_engine
-from support import stats
-from support.answer_files import answers_so_far, choose_results_folder, weights_digest, write_answers
 from support.config import check, exits, parse
-from support.model import load_model
-from tasks import data, own, tiny
-from tasks.benchmarks import BENCHMARKS, EMBEDDED, Problem, load_all, samples_of
-
-PASS_AT = (1, 4, 8, 16, 32)
-GRADED_AT_ONCE = 256  # answers between two moves of the progress bar
 
 
 @dataclass
 class Config:
+    # ---- model and problems
     model: str = ""  # Hugging Face id or folder; without it the embedded model
     benchmarks: tuple[str, ...] = ()  # names, NAME=FILE, data files, task.py; default: all six, or embedded
     task: str = ""  # instead of benchmarks: path/to/task.py, its held-out problems, scored by it
     instruction: str = "auto"  # put behind each problem, as in training: auto, none, or a text
+    problem_column: str | None = None  # of data files; found if it has a usual name
+    answer_column: str | None = None  # of data files; found if it has a usual name
+    revision: tuple[str, ...] = ()  # NAME=HASH of a benchmark, if not the pinned one
+    # ---- answers
     samples: tuple[str, ...] = ()  # answers to a problem: K or NAME=K; default: 32 for AIME and AMC, else 4
-    pass_at: tuple[int, ...] = ()  # each k of pass@k; default: 1 4 8 16 32, where there are answers
     temperature: float = 0.6  # 0 is greedy (embedded: 1)
     max_tokens: int = 7168  # of an answer, as in training (embedded: 15)
     thinking: bool = False  # enable_thinking of the chat template; with neither flag the template decides
@@ -63,13 +54,31 @@ class Config:
     gpu_memory: float = 0.9  # vLLM: its share of the GPU
     vllm: str = ""  # vLLM: other arguments of its own, as JSON: {"kv_cache_memory_bytes": 21474836480}
     batch: int = 512  # answers generated between two saves
+    # ---- results
     reward: str = ""  # as for train.py; without it math (embedded: equation)
-    problem_column: str | None = None  # of data files; found if it has a usual name
-    answer_column: str | None = None  # of data files; found if it has a usual name
-    revision: tuple[str, ...] = ()  # NAME=HASH of a benchmark, if not the pinned one
+    pass_at: tuple[int, ...] = ()  # each k of pass@k; default: 1 4 8 16 32, where there are answers
     out: str = ""  # folder of results and completions; without it one for these settings under out/
     baseline: str = ""  # results.json to compute AES against
     compare: tuple[str, str] | None = None  # two results.json: what differs between them, and is it luck?
+
+
+# Flags are read before what takes seconds to import: --help and mistakes need not wait for it.
+if __name__ == "__main__":
+    parse(Config, sys.argv[1:], __doc__)
+
+import torch
+from tqdm import tqdm
+
+import reward
+from rollout import choose_engine, make_engine
+from support import stats
+from support.answer_files import answers_so_far, choose_results_folder, weights_digest, write_answers
+from support.model import load_model
+from tasks import data, own, tiny
+from tasks.benchmarks import BENCHMARKS, EMBEDDED, Problem, load_all, samples_of
+
+PASS_AT = (1, 4, 8, 16, 32)
+GRADED_AT_ONCE = 256  # answers between two moves of the progress bar
 
 
 @dataclass

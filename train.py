@@ -19,42 +19,33 @@ from pathlib import Path
 from time import perf_counter
 from typing import Literal
 
-import torch
-
-import grpo
-import reward
-import rollout
-from replay import DynamicSampling, Group, GroupReplay, Prioritized, PromptReplay, RolloutReplay, Uniform
-from support import checkpoint, config, folder, log, offload, plan, ranks
-from support.folder import is_done
-from support.model import check_policy, load_model, make_optimizer, use_varlen_attention
-from tasks import prompts, tiny
+from support import config
+from tasks import tiny
 
 
 @dataclass(frozen=True)
 class Method:
-    """What `--replay NAME` stands for: its paper, its rules (classes, or "module:Class"), and what else it sets."""
+    """What `--replay NAME` stands for: its paper, its rules as "module:Class", joined by +, and what else it sets."""
 
     about: str
-    rules: tuple
+    rules: str
     settings: dict = field(default_factory=dict)
 
 
 DAPO = {"clip_high": 0.28, "advantage": "std"}
 POPO = DAPO | {"dual_clip": 10.0}
-OWN = ("lab.rules:Adaptive", "lab.rules:OnPolicyGroupReplay")
 METHODS = {
-    "prompt": Method("Prompt Replay, 2603.21177", (PromptReplay,), {"mask_truncated": True}),
-    "prioritized": Method("Prioritized Replay, 2601.02648", (Prioritized,), {"clip_high": 0.2}),
-    "rollout": Method("rollout-level replay, 2606.04560", (RolloutReplay,), POPO | {"proximal": "birth"}),
-    "group": Method("POPO, 2606.01281", (GroupReplay,), POPO),
-    "group-kl": Method("POPO, least drift first", ("lab.rules:LeastDriftGroupReplay",), POPO),
-    "group-oldest": Method("POPO, oldest first", ("lab.rules:OldestGroupReplay",), POPO),
-    "dapo": Method("dynamic sampling, 2503.14476, a baseline", (DynamicSampling,), DAPO),
-    "greso": Method("GRESO, 2506.02177, a baseline", ("lab.rules:GRESO",)),
-    "beta": Method("Beta posteriors (MoPPS), 2507.04632, a baseline", ("lab.rules:Beta",)),
-    "continual": Method("Continual Prompt Replay, 2608.18574", ("lab.continual:ContinualReplay",), {"share": 0.25}),
-    "adaptive": Method("our own rule", OWN, {"share": 0.5, "cooldown": 10}),
+    "prompt": Method("Prompt Replay, 2603.21177", "replay:PromptReplay", {"mask_truncated": True}),
+    "prioritized": Method("Prioritized Replay, 2601.02648", "replay:Prioritized", {"clip_high": 0.2}),
+    "rollout": Method("rollout-level replay, 2606.04560", "replay:RolloutReplay", POPO | {"proximal": "birth"}),
+    "group": Method("POPO, 2606.01281", "replay:GroupReplay", POPO),
+    "group-kl": Method("POPO, least drift first", "lab.rules:LeastDriftGroupReplay", POPO),
+    "group-oldest": Method("POPO, oldest first", "lab.rules:OldestGroupReplay", POPO),
+    "dapo": Method("dynamic sampling, 2503.14476, a baseline", "replay:DynamicSampling", DAPO),
+    "greso": Method("GRESO, 2506.02177, a baseline", "lab.rules:GRESO"),
+    "beta": Method("Beta posteriors (MoPPS), 2507.04632, a baseline", "lab.rules:Beta"),
+    "continual": Method("Continual Prompt Replay, 2608.18574", "lab.continual:ContinualReplay", {"share": 0.25}),
+    "adaptive": Method("our own", "lab.rules:Adaptive+lab.rules:OnPolicyGroupReplay", {"share": 0.5, "cooldown": 10}),
 }
 METHODS["popo"] = METHODS["group"]
 
@@ -64,7 +55,7 @@ class Config:
     """Every knob. A setting comes from, in rising order: the defaults here, mostly those of Prompt Replay's paper;
     with the embedded model tiny.SETTINGS; the method's settings; the command line. Comments are the flags' help."""
 
-    # ---- what is trained, and on what
+    # ---- model and data
     model: str = ""  # Hugging Face id or folder; without it the embedded model is made and trained
     data: str = ""  # polaris (default), dolci, dapo, gsm8k, math; OWNER/NAME of the hub; or a file
     task: str = ""  # instead of data: path/to/task.py with rows() and score(responses, golds)
@@ -79,7 +70,7 @@ class Config:
     reward: str = "math"  # math, equation, random, always, format, or path/to/file.py:function
     judge: str = ""  # of held-out answers, named as a reward; default: the task's own verifier
     instruction: str = "auto"  # behind each problem; auto: to reason and to box the answer; none; a text
-    # ---- the run
+    # ---- run
     out: str = ""  # folder of the run; default: a new one under out/
     seed: int = 0  # of prompt order, sampling and replay
     steps: int = 500  # steps to train for
@@ -112,7 +103,7 @@ class Config:
     max_age: int = 10  # rollout: most steps since birth
     replay_warmup: int = 20  # rollout: first steps, without replay
     rollout_capacity: int = 30_000  # rollout: answers stored
-    # ---- rollouts
+    # ---- rollout
     engine: Literal["auto", "vllm", "transformers"] = "auto"  # auto: vLLM on a GPU that has it
     prompts_per_step: int = 32  # prompts that a step draws, P
     answers_per_prompt: int = 16  # answers to each of them, G
@@ -152,6 +143,19 @@ class Config:
 FREE = {"out", "steps", "max_rollouts", "resume", "save_every", "eval_every", "rollout_batch", "gpu_memory", "vllm"}
 FREE |= {"offload", "dry_run", "gpus", "wandb", "tensorboard"}
 
+# Flags are read before what takes seconds to import: --help and mistakes need not wait for it.
+if __name__ == "__main__":
+    config.settings(sys.argv[1:], Config, METHODS, tiny.SETTINGS, __doc__)
+
+import torch
+
+import grpo
+import reward
+import rollout
+from replay import DynamicSampling, Group, Uniform
+from support import checkpoint, folder, log, offload, plan, ranks
+from support.model import check_policy, load_model, make_optimizer, use_varlen_attention
+from tasks import data, prompts
 
 # ---------------------------------------------------------------- before the first step
 
@@ -171,6 +175,7 @@ class Run:
     def __init__(self, cfg: Config):
         # What costs nothing comes first, so that a mistake is met before minutes of loading.
         config.check_training(cfg)
+        data.check_name(cfg.data)
         make_rules(cfg, num_prompts=cfg.prompts_per_step)
         self.cfg = cfg
         self.step = 0  # steps done
@@ -231,9 +236,9 @@ def dry_run(cfg: Config, given: list[str]) -> str:
         kind, tokenizer = plan.read(cfg.model)
     else:
         kind, tokenizer = tiny.make_model(0).config, tiny.make_tokenizer()
-    data, _ = prompts.load_prompts(cfg, tokenizer)
-    make_rules(cfg, len(data))
-    return plan.report(cfg, given, kind, tokenizer, data)
+    asked, _ = prompts.load_prompts(cfg, tokenizer)
+    make_rules(cfg, len(asked))
+    return plan.report(cfg, config.origins(cfg, given, tiny.SETTINGS, METHODS), kind, tokenizer, asked)
 
 
 # ---------------------------------------------------------------- one step, in parts
@@ -370,16 +375,13 @@ def train(run: Run) -> int:
 
 def main(argv: list[str]) -> int:
     """A run from beginning to end. Returns the exit code."""
-    argv = config.with_value(config.with_recipes(argv, Config), "replay", "prompt")  # --replay alone
-    default = config.preset(Config, argv, tiny.SETTINGS, METHODS)
-    cfg, given = config.parse(Config, argv, config.with_methods(__doc__, METHODS), default)
+    cfg, given = config.settings(argv, Config, METHODS, tiny.SETTINGS, __doc__)
     cfg.judge = reward.judge_of(cfg)
     memory = plan.explained(cfg, cfg.model or str(tiny.home(cfg.sharing)))
     wrong = config.exits(2, plan.OutOfMemory, reward.RewardBroken, OSError, all_ranks=True)
     broken = config.exits(1, rollout.EngineAstray, FloatingPointError, reward.VerifierBroken, all_ranks=True)
     with wrong, broken, memory:
         with config.exits(2, ValueError, OSError):
-            config.check_training(cfg)
             config.remark(cfg, given, METHODS)
             if cfg.dry_run:
                 print(dry_run(cfg, given))
@@ -387,9 +389,7 @@ def main(argv: list[str]) -> int:
             run = Run(cfg)
             folder.begin(run, asdict(cfg) | {"given": given, "prompts_sha256": run.digest})
         with folder.kept(run):
-            ended_by = 0 if is_done(run) else train(run)
-        if not ended_by:
-            checkpoint.export(run)
+            ended_by = 0 if folder.is_done(run) else train(run)
         folder.end(run, ended_by)
     run.engine.close()
     ranks.stop()

@@ -32,7 +32,7 @@ import torch
 from tyro.conf import Positional
 
 from lab import bench_gpu, contenders
-from support.config import OUT, ROOT, parse
+from support.config import OUT, ROOT, exits, parse
 
 REPETITIONS = 3
 
@@ -235,6 +235,7 @@ def sections() -> dict:
     return {name.removeprefix(prefix): work for name, work in globals().items() if name.startswith(prefix)}
 
 
+@exits(2, ValueError)
 def main(argv: list[str]) -> int:
     if argv[:1] == ["profile"]:
         return profile(argv[1:])
@@ -248,8 +249,7 @@ def main(argv: list[str]) -> int:
     unknown = sorted(set(flags.sections) - set(known))
     if unknown:
         choices = ", ".join([*known, "gpu", "profile"])
-        print(f"error: no section {', '.join(unknown)}; choose from {choices}", file=sys.stderr)
-        return 2
+        raise ValueError(f"no section {', '.join(unknown)}; choose from {choices}")
     for name in flags.sections or known:
         known[name]()
     return 0

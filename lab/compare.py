@@ -84,8 +84,7 @@ def settings_of(argv: list[str]):
     hand."""
     from train import METHODS, Config
 
-    argv = config.with_value(config.with_recipes(argv, Config), "replay", "prompt")
-    return config.parse(Config, argv, "", config.preset(Config, argv, tiny.SETTINGS, METHODS))
+    return config.settings(argv, Config, METHODS, tiny.SETTINGS, "")
 
 
 def check_run(cfg) -> None:
@@ -511,6 +510,7 @@ def compare(flags: Flags, extra: list[str], command: str) -> None:
         write_overview(out, results)
 
 
+@config.exits(2, ValueError, OSError)
 def main(argv: list[str]) -> int:
     command = "python -m lab.compare " + shlex.join(argv)
     extra = []
@@ -521,9 +521,6 @@ def main(argv: list[str]) -> int:
     flags, _ = config.parse(Flags, argv, __doc__)
     try:
         compare(flags, extra, command)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
     except KeyboardInterrupt:
         print("stopped; the same command goes on from here", file=sys.stderr)
         return 130

@@ -122,8 +122,7 @@ def accuracies(kind: str, arm: str, seed: int, steps: int) -> list[list[float]]:
     with tempfile.TemporaryDirectory() as folder:
         argv = [*given, "--seed", str(seed), "--steps", str(steps), "--out", f"{folder}/run"]
         argv += ["--eval-every", str(steps // 2), "--eval-samples", "2", "--save-every", "1000000"]
-        default = config.preset(train.Config, argv, tiny.SETTINGS, train.METHODS)
-        run = train.Run(config.parse(train.Config, argv, "", default)[0])
+        run = train.Run(config.settings(argv, train.Config, train.METHODS, tiny.SETTINGS, "")[0])
         if ARMS[arm] is not None:
             run.sampler = ContinualReplay(len(run.prompts), seed, ARMS[arm])
             run.sampler.stage = np.array([stage_of(prompt) for prompt in run.prompts])

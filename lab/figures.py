@@ -22,7 +22,7 @@ import numpy as np
 
 from lab import demo_figure, gpus
 from support import costs, plot, stats
-from support.config import ROOT, parse
+from support.config import ROOT, exits, parse
 
 COSTS = {"rollouts": "rollouts", "tokens": "sampled tokens", "optimizer_steps": "optimiser steps", "seconds": "seconds"}
 BAND_FROM = 4  # seeds; of fewer the figure draws the runs themselves
@@ -471,25 +471,22 @@ def figures(folder: Path) -> list[Path]:
     ]
 
 
+@exits(2, ValueError, OSError)
 def main(argv: list[str]) -> int:
     flags, _ = parse(Flags, argv, __doc__)
     docs = Path(flags.docs)
     made = tables()
-    try:
-        (docs / "tables").mkdir(parents=True, exist_ok=True)
-        for name, text in made.items():
-            (docs / "tables" / f"{name}.md").write_text(text + "\n")
-        for page in (Path(flags.readme), *docs.glob("*.md")):
-            before = page.read_text()
-            after = filled(before, made)
-            if after != before:
-                page.write_text(after)
-                print(page)
-        for path in figures(docs / "figures"):
-            print(path)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    (docs / "tables").mkdir(parents=True, exist_ok=True)
+    for name, text in made.items():
+        (docs / "tables" / f"{name}.md").write_text(text + "\n")
+    for page in (Path(flags.readme), *docs.glob("*.md")):
+        before = page.read_text()
+        after = filled(before, made)
+        if after != before:
+            page.write_text(after)
+            print(page)
+    for path in figures(docs / "figures"):
+        print(path)
     return 0
 
 

@@ -88,25 +88,22 @@ def write(run: Path, folder: Path, method: str, steps: int) -> None:
     shutil.copy(run / "curves.png", folder / "curves.png")
 
 
+@config.exits(2, ValueError, OSError)
 def main(argv: list[str]) -> int:
     flags, _ = config.parse(Flags, argv, __doc__)
-    try:
-        if flags.steps % EVERY:
-            raise ValueError(f"--steps {flags.steps} is no multiple of {EVERY}, by which runs are thinned")
-        runs = {method: Path(flags.runs) / method for method in flags.methods}
-        compare.run_all([(run, flags_of(method, flags.steps)) for method, run in runs.items()], flags.jobs)
-        for method, run in runs.items():
-            lives.figures(run)
-            write(run, Path(flags.docs) / "reference" / method, method, flags.steps)
-            print(Path(flags.docs) / "reference" / method)
+    if flags.steps % EVERY:
+        raise ValueError(f"--steps {flags.steps} is no multiple of {EVERY}, by which runs are thinned")
+    runs = {method: Path(flags.runs) / method for method in flags.methods}
+    compare.run_all([(run, flags_of(method, flags.steps)) for method, run in runs.items()], flags.jobs)
+    for method, run in runs.items():
+        lives.figures(run)
+        write(run, Path(flags.docs) / "reference" / method, method, flags.steps)
+        print(Path(flags.docs) / "reference" / method)
 
-        # the figures of docs/usage.md
-        if {"none", "prompt"} <= runs.keys():
-            shutil.copy(plot.curves(runs["prompt"], runs["none"]), Path(flags.docs) / "figures" / "curves.png")
-            shutil.copy(runs["prompt"] / "lives.png", Path(flags.docs) / "figures" / "lives.png")
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    # the figures of docs/usage.md
+    if {"none", "prompt"} <= runs.keys():
+        shutil.copy(plot.curves(runs["prompt"], runs["none"]), Path(flags.docs) / "figures" / "curves.png")
+        shutil.copy(runs["prompt"] / "lives.png", Path(flags.docs) / "figures" / "lives.png")
     return 0
 
 

@@ -236,6 +236,7 @@ class OnPolicyGroupReplay(GroupReplay):
     """
 
     STATE = (*GroupReplay.STATE, "fill")
+    EXCLUDES = ("extra",)  # the sample size is that of all replayed tokens, whoever stored them
 
     def __init__(self, seed: int = 0, group_capacity: int = 0, prompts_per_step: int = 32, min_ess=0.99, max_fill=1.0):
         if not 0 <= min_ess < 1 or not 0 <= max_fill <= 1:
@@ -244,10 +245,6 @@ class OnPolicyGroupReplay(GroupReplay):
         self.min_ess = min_ess
         self.max_fill = max_fill
         self.fill = 0.1 * max_fill
-
-    def attach(self, run) -> None:
-        if "extra" in run.stores:
-            raise ValueError("--replay adaptive judges stored groups by all that is replayed; it cannot join rollout")
 
     def choose(self, dead: int) -> list[Group]:
         room = self.fill * dead

@@ -37,7 +37,7 @@ from lab import figures, simulate
 from lab.simulate import Policy, Setting, sigmoid
 from replay import Uniform
 from support import log, stats
-from support.config import OUT, parse
+from support.config import OUT, exits, parse
 
 ARMS = ("plain", "twice", "group")
 RATES = (0.8, 1.6, 3.2, 6.4, 12.8, 25.6, 51.2, 102.4, 204.8)  # --visit of lab/simulate.py
@@ -181,13 +181,12 @@ def correct(cells: dict[str, dict]) -> None:
             test["p_holm"] = p
 
 
+@exits(2, ValueError, OSError)
 def main(argv: list[str]) -> int:
     flags, _ = parse(Flags, argv, __doc__)
     unknown = [name for name in flags.cells if name not in CELLS]
     if unknown or not flags.cells or flags.seeds < 4:
-        choices = ", ".join(CELLS)
-        print(f"error: --cells: some of {choices}; --seeds at least 4, for two halves", file=sys.stderr)
-        return 2
+        raise ValueError(f"--cells: some of {', '.join(CELLS)}; --seeds at least 4, for two halves")
     seeds = list(range(flags.first_seed, flags.first_seed + flags.seeds))
     cells = {}
     result = {"command": "python -m lab.second_pass " + shlex.join(argv), "commit": log.commit(), "cells": cells}

@@ -43,7 +43,7 @@ from lab import figures
 from lab.rules import GRESO, Adaptive, Beta
 from replay import Prioritized, PromptReplay, Uniform
 from support import log, stats
-from support.config import OUT, decides, load_class, parse, with_value
+from support.config import OUT, decides, exits, load_class, meant, parse, with_value
 
 RULES = {
     "uniform": Uniform,
@@ -119,7 +119,8 @@ def check(flags: Flags) -> None:
         raise ValueError(f"--seeds must be at least 2, for a standard error, got {flags.seeds}")
     unknown = [name for name in flags.rules if name not in RULES and ".py:" not in name]
     if unknown or not flags.rules:
-        raise ValueError(f"--rules {' '.join(unknown)}: choose from {', '.join(RULES)}, or give file.py:Class")
+        near = meant(" ".join(unknown), RULES)
+        raise ValueError(f"--rules {' '.join(unknown)}: choose from {', '.join(RULES)}, or give file.py:Class{near}")
     for name in flags.rules:
         rule_of(name)
 
@@ -454,22 +455,19 @@ def draw_map(setting: Setting, rules: list[str], seeds: list[int], path: Path, g
     return path
 
 
+@exits(2, ValueError, OSError)
 def main(argv: list[str]) -> int:
     command = "python -m lab.simulate " + shlex.join(argv)
     argv = with_value(argv, "map", str(OUT / "map.png"))  # --map alone
     flags, _ = parse(Flags, argv, __doc__)
-    try:
-        check(flags)
-        setting = Setting(**{field.name: getattr(flags, field.name) for field in dataclasses.fields(Setting)})
-        rules = list(flags.rules)
-        seeds = list(range(flags.first_seed, flags.first_seed + flags.seeds))
-        if flags.map:
-            print(draw_map(setting, rules, seeds, Path(flags.map), command=command))
-        else:
-            print(cell_table(compare_rules(setting, rules, seeds)))
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    check(flags)
+    setting = Setting(**{field.name: getattr(flags, field.name) for field in dataclasses.fields(Setting)})
+    rules = list(flags.rules)
+    seeds = list(range(flags.first_seed, flags.first_seed + flags.seeds))
+    if flags.map:
+        print(draw_map(setting, rules, seeds, Path(flags.map), command=command))
+    else:
+        print(cell_table(compare_rules(setting, rules, seeds)))
     return 0
 
 

@@ -8,18 +8,18 @@ import importlib.util
 import inspect
 import math
 import os
+import re
 import shlex
 import sys
 import time
 import traceback
 from pathlib import Path
+from typing import Annotated
 
 import tyro
 
 ROOT = Path(__file__).parent.parent  # of the project
 OUT = ROOT / "out"  # where runs, and the embedded model, are kept
-
-READ_BY_THE_LOOP = {"seed", "prompts_per_step", "num_prompts"}  # and by rules too
 
 # Least and largest value of each number of train.py and eval.py. What is beyond the largest is a slip of the hand: it
 # would start, and never end.
@@ -93,9 +93,48 @@ def parse(kind: type, argv: list[str], description: str, default=None) -> tuple[
 
     default: an instance whose values hold where no flag is given. A mistake ends the program with exit code 2.
     """
-    config = tyro.cli(kind, args=argv, description=description, default=default)
+    with exits(2, ValueError):
+        check_flags(argv, kind)
     names = [field.name for field in dataclasses.fields(kind)]
-    return config, [name for name in names if is_given(argv, name)]
+    given = [name for name in names if is_given(argv, name)]
+    titles = headings(kind)
+    if not titles:
+        return tyro.cli(kind, args=argv, description=description, default=default), given
+
+    # A dataclass of dataclasses, one a heading: --help puts each into a box of its own.
+    boxes = []
+    for number, (title, helps) in enumerate(titles.items()):
+        named = tyro.conf.arg(name=title)
+        boxes.append((f"box{number}", Annotated[box(kind, helps, default or kind()), named]))
+    whole = dataclasses.make_dataclass("Boxes", boxes)
+    found = tyro.cli(whole, args=argv, description=description, config=[tyro.conf.OmitArgPrefixes])
+    values = {}
+    for part in vars(found).values():
+        values |= vars(part)
+    return kind(**values), given
+
+
+def headings(kind: type) -> dict[str, dict[str, str]]:
+    """The fields of `kind` and their comments under each heading among them, a comment such as `# ---- the run`."""
+    found = {}
+    for line in inspect.getsource(kind).splitlines():
+        title = re.fullmatch(r" +# -+ (.+)", line)
+        field = re.fullmatch(r" +(\w+): .+?  # (.+)", line)
+        if title:
+            found[title[1]] = {}
+        elif field and found:
+            found[list(found)[-1]][field[1]] = field[2]
+    return found
+
+
+def box(kind: type, helps: dict[str, str], default) -> type:
+    """A dataclass of those fields of `kind` that have `helps`, with the values of `default`."""
+    fields = []
+    for field in dataclasses.fields(kind):
+        if field.name in helps:
+            about = tyro.conf.arg(help=helps[field.name])
+            fields.append((field.name, Annotated[field.type, about], getattr(default, field.name)))
+    return dataclasses.make_dataclass("Box", fields)
 
 
 def is_given(argv: list[str], name: str) -> bool:
@@ -118,38 +157,54 @@ def value_of(argv: list[str], name: str, default: str = "") -> str:
 
 
 def preset(kind: type, argv: list[str], embedded: dict, methods: dict):
-    """The defaults of train.py that hold for this command line: `embedded` where no model is named, a task's own score,
-    and what the methods named by --replay set, in the order of `methods`, whatever the order they are named in."""
-    settings = {"data": "polaris"} if value_of(argv, "model") else dict(embedded)
-    task = value_of(argv, "task")
-    if task:
-        settings |= {"data": "", "reward": f"{task}:score"}
-    chosen = value_of(argv, "replay", "none").split("+")
-    for name, method in methods.items():
-        if name in chosen:
-            settings |= method.settings
+    """The defaults of train.py that hold for this command line."""
+    named = [value_of(argv, "model"), value_of(argv, "task"), value_of(argv, "replay", "none")]
+    settings = {}
+    for layer in layers(*named, embedded, methods).values():
+        settings |= layer
     return kind(**settings)
 
 
-def with_methods(text: str, methods: dict) -> str:
-    """`text`, a description of the program, and below it what --replay takes."""
-    lines = [f"    {name:14}{method.about}" for name, method in methods.items()]
-    return "\n".join(
-        [text, "--replay takes these, a file.py:Class of your own, or some of them joined by +", "", *lines]
-    )
+def layers(model: str, task: str, replay: str, embedded: dict, methods: dict) -> dict[str, dict]:
+    """What replaces the defaults of train.py, by what sets it; the later wins: `embedded` where no model is named, a
+    task's own score, and what the methods named by --replay set."""
+    found = {"--model": {"data": "polaris"}} if model else {"embedded model": embedded}
+    if task:
+        found["--task"] = {"data": "", "reward": f"{task}:score"}
+    return found | {f"--replay {replay}": set_by(replay, methods)}
+
+
+def origins(cfg, given: list[str], embedded: dict, methods: dict) -> dict[str, str]:
+    """What has set each setting of `cfg` that is no default of train.py; those of `given` are given by hand."""
+    found = {}
+    for origin, settings in layers(cfg.model, cfg.task, cfg.replay, embedded, methods).items():
+        found |= dict.fromkeys(settings, origin)
+    return found | dict.fromkeys(given, "given")
+
+
+def settings(argv: list[str], kind: type, methods: dict, embedded: dict, about: str) -> tuple[object, list[str]]:
+    """What a command line of train.py sets, a `kind`, and the names of what it gives by hand. A mistake ends the
+    program with exit code 2."""
+    with exits(2, ValueError, OSError):
+        argv = with_value(with_recipes(argv, kind), "replay", "prompt")  # --replay alone
+        lines = [about, "--replay takes these, a file.py:Class of your own, or some of them joined by +", ""]
+        lines += [f"    {name:14}{method.about}" for name, method in methods.items()]
+        config, given = parse(kind, argv, "\n".join(lines), preset(kind, argv, embedded, methods))
+        check_training(config)
+        check_methods(config.replay, methods)
+    return config, given
 
 
 def with_recipes(argv: list[str], kind: type) -> list[str]:
-    """`argv` with the flags of every @FILE in it, a recipe, before those given by hand, which so override them. A
-    mistake ends the program with exit code 2."""
+    """`argv` with the flags of every @FILE in it, a recipe, before those given by hand, which so override them.
+    ValueError or FileNotFoundError, in one line, for a recipe that cannot be read."""
     flags = []
     given = []
-    with exits(2, ValueError, OSError):
-        for word in argv:
-            if word.startswith("@"):
-                flags += read_recipe(word[1:], kind)
-            else:
-                given.append(word)
+    for word in argv:
+        if word.startswith("@"):
+            flags += read_recipe(word[1:], kind)
+        else:
+            given.append(word)
     return flags + given
 
 
@@ -157,10 +212,9 @@ def read_recipe(path: str, kind: type) -> list[str]:
     """The words of a recipe: a flag of `kind` a line, with its values; # begins a comment. ValueError names the line
     that is something else."""
     if not os.path.isfile(path):
-        raise FileNotFoundError(f"there is no recipe {path}; those of the project are lab/recipes/*.txt")
-    known = set()
-    for field in dataclasses.fields(kind):
-        known |= {flag(field.name), flag(f"no_{field.name}")}
+        ours = [file.stem for file in (ROOT / "lab" / "recipes").glob("*.txt")]
+        near = meant(Path(path).stem, ours, "@lab/recipes/{}.txt")
+        raise FileNotFoundError(f"there is no recipe {path}; ours are lab/recipes/*.txt{near}")
     try:
         lines = Path(path).read_text(encoding="utf-8").splitlines()
     except UnicodeDecodeError as error:
@@ -169,18 +223,31 @@ def read_recipe(path: str, kind: type) -> list[str]:
     for number, line in enumerate(lines, 1):
         try:
             found = shlex.split(line, comments=True)
+            check_flags(found, kind)
         except ValueError as error:
             raise ValueError(f"{path} line {number}: {error}") from error
-        flags = [word.partition("=")[0].replace("_", "-") for word in found if word.startswith("--")]
-        for name in flags:
-            if name not in known:
-                near = difflib.get_close_matches(name, known, n=1)
-                hint = f"; did you mean {near[0]}?" if near else ""
-                raise ValueError(f"{path} line {number}: there is no flag {name}{hint}")
+        flags = [word for word in found if word.startswith("--")]
         if found and (len(flags) != 1 or not found[0].startswith("--")):
             raise ValueError(f"{path} line {number}: a line holds one flag and its values, got {line.strip()!r}")
         words += found
     return words
+
+
+def check_flags(argv: list[str], kind: type) -> None:
+    """ValueError, in one line, for a flag that `kind` does not have."""
+    known = ["--help", "--help-verbose"]
+    for field in dataclasses.fields(kind):
+        known += [flag(field.name), flag(f"no_{field.name}")]
+    for word in argv:
+        name = word.partition("=")[0].replace("_", "-")
+        if word.startswith("--") and name not in known:
+            raise ValueError(f"there is no flag {name}{meant(name, known)}")
+
+
+def meant(name: str, known, shown: str = "{}") -> str:
+    """The end of a message about a `name` that is none of `known`: the nearest of them, if one is near, as `shown`."""
+    near = difflib.get_close_matches(name, list(known), n=1)
+    return f"; did you mean {shown.format(near[0])}?" if near else ""
 
 
 def with_value(argv: list[str], name: str, value: str) -> list[str]:
@@ -238,8 +305,6 @@ def check_training(config) -> None:
         raise ValueError(f"--task {config.task}: give path/to/task.py, a file with rows() and score(responses, golds)")
     if config.model and config.sharing != "digits":
         raise ValueError("--sharing is a knob of the embedded task; leave out --model or --sharing")
-    if {"adaptive", "rollout"} <= set(config.replay.split("+")):
-        raise ValueError("--replay adaptive judges stored groups by all that is replayed; it cannot join rollout")
     if config.gpus and not config.dry_run:
         raise ValueError("--gpus is for --dry-run: a run takes the GPUs that it finds")
 
@@ -287,64 +352,68 @@ def line_in(path: str, error: Exception) -> int | None:
     return lines[-1] if lines else None
 
 
-def load_rules(name: str, methods: dict) -> list[type]:
-    """The classes that one name of --replay stands for: a method's rules, or the class in a user's file.py:Class."""
-    if ".py:" in name:
-        return [load_class(name)]
-    if name not in methods:
-        choices = ", ".join(methods)
-        raise ValueError(
-            f"--replay {name} is not known; choose from {choices}, give file.py:Class, or join some with +"
-        )
-    return [load_class(rule) if isinstance(rule, str) else rule for rule in methods[name].rules]
+def check_methods(replay: str, methods: dict) -> list[str]:
+    """The names in --replay. ValueError, in one line, for one that is no method's and no file.py:Class."""
+    names = [] if replay == "none" else replay.split("+")
+    for name in names:
+        if name not in methods and ".py:" not in name:
+            raise ValueError(
+                f"--replay {name} is not known; choose from {', '.join(methods)}, give file.py:Class, or join some "
+                f"with +{meant(name, methods)}"
+            )
+    return names
 
 
 def choose_rules(replay: str, methods: dict) -> dict[str, type]:
-    """The classes that --replay names, by what each of them decides. ValueError for two that decide the same."""
+    """The classes that --replay names, by what each of them decides. ValueError for two that decide the same, and for
+    one that EXCLUDES what another decides."""
     chosen: dict[str, type] = {}
-    for name in replay.split("+") if replay != "none" else []:
-        for rule in load_rules(name, methods):
+    for name in check_methods(replay, methods):
+        rules = methods[name].rules.split("+") if name in methods else [name]
+        for rule in map(load_class, rules):
             place = decides(rule)
             if place in chosen:
                 both = f"{chosen[place].__name__} and {rule.__name__}"
                 raise ValueError(f"--replay {replay}: {both} decide the same thing; choose one of them")
             chosen[place] = rule
+    for rule in chosen.values():
+        for place in chosen.keys() & set(getattr(rule, "EXCLUDES", ())):
+            both = f"{rule.__name__} cannot join {chosen[place].__name__}"
+            raise ValueError(f"--replay {replay}: {both}; leave out one of them")
     return chosen
 
 
 def remark(cfg, given: list[str], methods: dict) -> None:
-    """Prints what the methods named by --replay set besides their rules, and which flags `given` by hand no chosen rule
-    takes. ValueError as `load_rules`."""
+    """Prints what the methods named by --replay set besides their rules, and which flags of rules, `given` by hand, no
+    chosen rule takes. ValueError as `load_rules`."""
     if os.environ.get("RANK", "0") != "0":
         return
-    settings = {}
-    for name in cfg.replay.split("+"):
-        settings |= methods[name].settings if name in methods else {}
-    also = [f"{flag(name)} {spelled(getattr(cfg, name))}" for name in settings if name not in given]
+    also = [f"{flag(name)} {spelled(getattr(cfg, name))}" for name in set_by(cfg.replay, methods) if name not in given]
     if also:
         print(f"--replay {cfg.replay} also sets {', '.join(also)}")
 
-    # Flags of rules only: what the loop reads as well always has an effect.
-    known = set()
-    for method in methods.values():
-        known |= flags_of(load_class(rule) if isinstance(rule, str) else rule for rule in method.rules)
-    taken = flags_of(choose_rules(cfg.replay, methods).values())
-    for name in given:
-        if name in known - taken - READ_BY_THE_LOOP:
+    # Those under the heading `replay` are of rules alone; what the loop reads always has an effect.
+    taken = {"replay"}
+    for rule in choose_rules(cfg.replay, methods).values():
+        taken |= set(inspect.signature(rule).parameters) | set(getattr(rule, "FLAGS", ()))
+    for name in headings(type(cfg))["replay"]:
+        if name in given and name not in taken:
             print(f"warning: {flag(name)} has no effect, no rule of --replay {cfg.replay} takes it")
+
+
+def set_by(replay: str, methods: dict) -> dict:
+    """What the methods in --replay set besides their rules, in the order of `methods`, whatever theirs is."""
+    chosen = replay.split("+")
+    settings = {}
+    for name, method in methods.items():
+        if name in chosen:
+            settings |= method.settings
+    return settings
 
 
 def spelled(value) -> str:
     """A setting as it is written on the command line."""
     return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
-
-
-def flags_of(rules) -> set[str]:
-    """The flags that `rules` take: their constructors' arguments, and what their FLAGS name."""
-    names = set()
-    for rule in rules:
-        names |= set(inspect.signature(rule).parameters) | set(getattr(rule, "FLAGS", ()))
-    return names
 
 
 def decides(rule: type) -> str:

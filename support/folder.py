@@ -40,7 +40,9 @@ def kept(run):
 
 
 def end(run, ended_by: int) -> None:
-    """Says what the run came to, or, where signal `ended_by` ended it, how to go on."""
+    """Writes the model and says what the run came to, or, where signal `ended_by` ended it, how to go on."""
+    if not ended_by:
+        checkpoint.export(run)
     if ranks.is_main():
         if ended_by:
             print(f"saved after step {run.step}; go on with --resume --out {run.folder}")

@@ -622,8 +622,8 @@ def explained(cfg, path: str):
         raise OutOfMemory(out_of_memory(cfg, config)) from error
 
 
-def report(cfg, given: list[str], config, tokenizer, prompts: list) -> str:
-    """All of --dry-run: configuration, first prompt, tokens of a step, memory, verdict.
+def report(cfg, origins: dict[str, str], config, tokenizer, prompts: list) -> str:
+    """All of --dry-run: configuration with what set it, first prompt, tokens of a step, memory, verdict.
 
     ValueError for a --gpus that cannot be read and for answers that the model's context does not hold.
     """
@@ -635,10 +635,10 @@ def report(cfg, given: list[str], config, tokenizer, prompts: list) -> str:
             f"--max-prompt-tokens {cfg.max_prompt_tokens} and --max-tokens {cfg.max_tokens} make {longest(cfg)} "
             f"tokens, and the model has a context of {s['context']}; lower one of them"
         )
-    lines = ["configuration (* given by hand)"]
+    lines = ["configuration, and what set it where it is no default"]
     for field in dataclasses.fields(cfg):
-        mark = "*" if field.name in given else " "
-        lines.append(f" {mark} {field.name:24}{getattr(cfg, field.name)!r}")
+        value = repr(getattr(cfg, field.name))
+        lines.append(f"   {field.name:24}{value:24} {origins.get(field.name, '')}".rstrip())
 
     first = prompts[0]
     lines.append(

@@ -21,7 +21,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from support.config import BOUNDS
+from support.config import BOUNDS, meant
 from tasks import data, own, tiny
 
 MOST_SAMPLES = BOUNDS["answers_per_prompt"][1]  # answers to a problem, as in training
@@ -159,9 +159,10 @@ def load(name: str, revisions: dict[str, str], columns=(None, None), any_gold=Fa
     # a file of the user's own
     if known not in BENCHMARKS:
         if not Path(name).suffix:
-            names = ", ".join(BENCHMARKS)
+            choices = [*BENCHMARKS, *EMBEDDED]
             raise ValueError(
-                f"no benchmark {name!r}; choose from {names}, embedded, or name a .jsonl or other data file"
+                f"no benchmark {name!r}; choose from {', '.join(choices)}, or name a .jsonl or other data file"
+                f"{meant(name, choices)}"
             )
         return Path(name).stem, plain(data.read_rows(name), name, *columns, any_gold), {"file": name}
 

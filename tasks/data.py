@@ -29,6 +29,7 @@ from decimal import Decimal
 from fractions import Fraction
 from pathlib import Path
 
+from support.config import meant
 from tasks.answers import LONGEST, matching_braces, spell_out
 
 KINDS = (".jsonl", ".json", ".parquet", ".csv")
@@ -416,11 +417,20 @@ def source_of(name: str) -> Source | None:
     return None
 
 
+def check_name(name: str) -> None:
+    """ValueError, in one line, for a --data that is no known set, no OWNER/NAME and no file. Without one there is
+    nothing to say."""
+    if name and not (source_of(name) or is_file(name) or re.fullmatch(r"[\w.-]+/[\w.-]+", name)):
+        choices = f"{', '.join(SOURCES)}, OWNER/NAME of Hugging Face, or a file"
+        raise ValueError(f"no data {name!r}: say {choices}{meant(name, SOURCES)}")
+
+
 def load_pairs(
     name, problem_column=None, answer_column=None, difficulty=(0, 1), config=None, split=None, revision=None, keep=""
 ):
     """Pairs of --data `name`, and a Counter of what was met on the way. ValueError or OSError in one line. keep: as in
     `from_rows`; a known set has golds that its own verifier needs."""
+    check_name(name)
     known, _, copy = name.partition("=")
     source = source_of(name)
     counts: Counter = Counter()
@@ -438,11 +448,9 @@ def load_pairs(
         config = config or source.config
         revision = revision or source.revision
         rows = fetch(where, config, split or "train", revision, f"--data {known}=FILE.parquet")
-    elif re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+    else:
         where = name
         rows = fetch(where, config, split or "train", revision, "--data FILE.parquet")
-    else:
-        raise ValueError(f"no data {name!r}: say {', '.join(SOURCES)}, OWNER/NAME of Hugging Face, or a file")
 
     maths = source is None or source.maths
     rows = select(rows, where, maths, difficulty, counts)

@@ -27,7 +27,6 @@ import shutil
 import sys
 from pathlib import Path
 
-import torch
 from tqdm import tqdm
 
 from support.config import OUT
@@ -112,6 +111,7 @@ def make_config():
 
 
 def make_model(seed: int):
+    import torch
     from transformers import Qwen3ForCausalLM
 
     torch.manual_seed(seed)
@@ -203,6 +203,8 @@ def problems(sharing: str, held_out: int, difficulty=(0.0, 1.0), most: int = 0) 
 
 def train(model, tokenizer, pupil, seed: int, steps: int, batch: int = 32, lr: float = 3e-3) -> float:
     """Supervised training on the pupil's answers; loss on the answer only. Returns the last loss."""
+    import torch
+
     rng, eos = random.Random(seed), tokenizer.eos_token
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.01, fused=True)
     warmup = min(40, steps)

@@ -59,6 +59,17 @@ def visits(history: list[Step]) -> Counter:
     return counts
 
 
+# ---------------------------------------------------------------- programs
+
+
+def code_of(main, argv: list[str]) -> int:
+    """The exit code of a program, whether its `main` returns it or ends with it."""
+    try:
+        return main(argv)
+    except SystemExit as end:
+        return end.code
+
+
 # ---------------------------------------------------------------- groups
 
 

@@ -9,6 +9,7 @@ import pytest
 
 from lab import compare, figures
 from support import plot, stats
+from tests.helpers import code_of
 
 HELD_OUT = {"measure": "held-out accuracy"}
 
@@ -214,7 +215,7 @@ def test_a_torn_run_is_one_line(tmp_path, capsys):
     rows = [{"step": step, "rollouts": 8 * step} for step in (1, 2, 2, 3)]  # two processes wrote it
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (tmp_path / "config.json").write_text('{"replay": "none", "seed": 0}')
-    assert compare.main([str(tmp_path), "--out", str(tmp_path / "out")]) == 2
+    assert code_of(compare.main, [str(tmp_path), "--out", str(tmp_path / "out")]) == 2
     assert "has not every step once; remove the folder" in capsys.readouterr().err
 
 
@@ -228,7 +229,7 @@ BAD += [
 
 @pytest.mark.parametrize("flags", BAD)
 def test_bad_input_is_one_line(flags, capsys, tmp_path):
-    assert compare.main([*shlex.split(flags), "--out", str(tmp_path)]) == 2
+    assert code_of(compare.main, [*shlex.split(flags), "--out", str(tmp_path)]) == 2
     assert capsys.readouterr().err.startswith("error: ")
 
 
@@ -248,10 +249,9 @@ def test_the_whole_command_and_again_without_running(tmp_path, capsys):
     before = {p: p.stat().st_mtime_ns for p in out.glob("*/metrics.jsonl")}
     assert compare.main([*command, *flags]) == 0
     assert before == {p: p.stat().st_mtime_ns for p in out.glob("*/metrics.jsonl")}
-    assert compare.main([*command, *flags, "--lr", "1e-3"]) == 2 and "holds a run with --lr 0.0005, not 0.001" in (
-        capsys.readouterr().err
-    )
-    assert compare.main(command + flags[:3]) == 2  # one that was given is missing
+    assert code_of(compare.main, [*command, *flags, "--lr", "1e-3"]) == 2
+    assert "holds a run with --lr 0.0005, not 0.001" in capsys.readouterr().err
+    assert code_of(compare.main, command + flags[:3]) == 2  # one that was given is missing
     assert "holds a run with --" in capsys.readouterr().err
     folders = [str(p.parent) for p in before if not p.parent.name.startswith("fifo")]
     assert compare.main([*folders, "--out", str(tmp_path / "again")]) == 0

@@ -3,6 +3,8 @@
 import dataclasses
 import math
 import re
+import subprocess
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -80,6 +82,87 @@ def test_help_has_the_description_and_the_comments_behind_the_fields(capsys):
         assert comment in text
 
 
+@dataclass
+class Boxed:
+    """Settings under headings."""
+
+    # ---- first of all
+    steps: int = 3  # how many of them
+    pair: tuple[float, float] = (0.0, 1.0)  # both ends
+    # ---- the rest
+    on: bool = False  # whether to
+    name: str = "x"  # what it is called, # and why
+
+
+def test_headings_among_the_fields_are_boxes_of_the_help(capsys):
+    with pytest.raises(SystemExit):
+        config.parse(Boxed, ["--help"], "A program.", Boxed(steps=77))
+    text = capsys.readouterr().out.partition("-h, --help")[2]
+    wanted = ("first of all options", "--steps", "77", "--pair", "the rest options", "--on")
+    parts = [text.index(part) for part in wanted]
+    assert parts == sorted(parts) and "what it is called, # and why" in text
+    found, given = config.parse(Boxed, ["--on", "--pair", "1", "2"], "A program.", Boxed(steps=5))
+    assert found == Boxed(5, (1.0, 2.0), True) and given == ["pair", "on"]
+    assert config.parse(Boxed, [], "A program.")[0] == Boxed()
+
+
+@pytest.mark.parametrize("kind", [train.Config, evaluation.Config])
+def test_every_flag_is_in_a_box_with_its_comment(kind):
+    names = [name for helps in config.headings(kind).values() for name in helps]
+    assert names == [field.name for field in dataclasses.fields(kind)]
+    assert config.headings(Knobs) == {}
+
+
+@pytest.mark.parametrize(
+    ("words", "code"),
+    [
+        ("train.py --help", 0),
+        ("train.py --lrr 1", 2),
+        ("train.py --lr -1", 2),
+        ("train.py --replay grop", 2),
+        ("train.py @nowhere", 2),
+        ("eval.py --help", 0),
+        ("eval.py --sed 1", 2),
+    ],
+)
+def test_flags_are_read_before_what_takes_seconds_to_import(words, code):
+    script = (
+        "import runpy, sys\n"
+        "sys.argv = sys.argv[1:]\n"
+        "try: runpy.run_path(sys.argv[0], run_name='__main__')\n"
+        "except SystemExit as end: print(end.code, {'torch', 'transformers', 'scipy'} & set(sys.modules))"
+    )
+    command = [sys.executable, "-c", script, *words.split()]
+    done = subprocess.run(command, cwd=config.ROOT, capture_output=True, text=True)
+    assert done.stdout.splitlines()[-1] == f"{code} set()", done
+
+
+@pytest.mark.parametrize(
+    ("main", "words", "message"),
+    [
+        (train.main, "--lrr 1", "there is no flag --lrr; did you mean --lr?"),
+        (train.main, "--max_token 1", "there is no flag --max-token; did you mean --max-tokens?"),
+        (train.main, "--qqq=1", "there is no flag --qqq"),
+        (
+            train.main,
+            "--replay promt+group",
+            "--replay promt is not known; choose from prompt, .*; did you mean prompt?",
+        ),
+        (train.main, "--data polariss --reward math", "no data 'polariss': say polaris, .*; did you mean polaris?"),
+        (train.main, "@demo_popo", "there is no recipe demo_popo; .*; did you mean @lab/recipes/demo_popo.txt?"),
+        (train.main, "@lab/recipes/demo_pop.txt", "there is no .*; did you mean @lab/recipes/demo_popo.txt?"),
+        (evaluation.main, "--bencmarks x", "there is no flag --bencmarks; did you mean --benchmarks?"),
+        (evaluation.main, "--benchmarks math50", "no benchmark 'math50'; choose .*; did you mean math500?"),
+        (evaluation.main, "--benchmarks embeded", "no benchmark 'embeded'; choose .*; did you mean embedded?"),
+    ],
+)
+def test_a_typo_is_one_line_with_what_was_meant(capsys, main, words, message):
+    with pytest.raises(SystemExit) as stop:
+        main(words.split())
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and re.fullmatch(f"error: {message}\n".replace("?", "[?]"), error)
+
+
 @pytest.mark.parametrize(
     ("words", "value"),
     [
@@ -135,6 +218,22 @@ def test_preset_goes_by_the_model_and_by_the_methods_named():
     assert both == train.Config(data="polaris", **train.METHODS["rollout"].settings)  # which is group's and one more
     assert preset("--replay", "nonsense") == preset()
     assert "steps" in tiny.SETTINGS and train.Config().steps != tiny.SETTINGS["steps"]
+
+
+def test_it_is_known_what_has_set_each_setting():
+    def origins(words: str) -> dict:
+        cfg, given = config.settings(words.split(), train.Config, train.METHODS, tiny.SETTINGS, "")
+        return config.origins(cfg, given, tiny.SETTINGS, train.METHODS)
+
+    assert origins("") == dict.fromkeys(tiny.SETTINGS, "embedded model")
+    found = origins("--replay group --lr 1 --clip-high 0.3 --no-mask-truncated")
+    assert found["steps"] == "embedded model" and found["advantage"] == "--replay group"
+    assert {name for name, origin in found.items() if origin == "given"} == {
+        *("replay", "lr", "clip_high", "mask_truncated"),
+    }
+    assert origins("--model x --task y.py") == {"model": "given", "task": "given", "data": "--task", "reward": "--task"}
+    both = origins("--model x --replay prompt+group")
+    assert both["data"] == "--model" and both["mask_truncated"] == both["dual_clip"] == "--replay prompt+group"
 
 
 # ---------------------------------------------------------------- bounds
@@ -214,7 +313,6 @@ TOGETHER = {
     "--difficulty needs two pass rates": {"difficulty": (0.5, 0.2)},
     "--sharing is a knob of the embedded task": {"model": "x", "sharing": "none"},
     "--gpus is for --dry-run": {"gpus": "8x80"},
-    "it cannot join rollout": {"replay": "rollout+adaptive"},
     "--steps must be at least 1": {"steps": 0},
 }
 
@@ -408,6 +506,7 @@ def test_a_users_rule_trains_resumes_and_names_the_folder_of_its_run(tmp_path, m
     [
         ("", ""),
         ("--prompts-per-step 8 --seed 3", ""),
+        ("--mask-truncated --max-tokens 3", ""),
         ("--cooldown 5", "warning: --cooldown has no effect, no rule of --replay none takes it"),
         ("--replay prompt --cooldown 5", "--replay prompt also sets --mask-truncated True"),
         ("--replay dapo --max-rounds 3 --clip-high 0.3", "--replay dapo also sets --advantage std"),

@@ -281,15 +281,15 @@ def report(**settings) -> str:
     tokenizer, config = tiny.make_tokenizer(), tiny.make_model(0).config
     settings = {"max_prompt_tokens": 32, "max_tokens": 15} | settings
     prompts, _ = data.encode(tiny.arithmetic(3), tokenizer, 100)
-    return plan.report(Config(**settings), ["max_tokens"], config, tokenizer, prompts)
+    return plan.report(Config(**settings), {"max_tokens": "given"}, config, tokenizer, prompts)
 
 
 def test_report_holds_configuration_prompt_tokens_memory_and_verdict():
     text = report(gpus="2x24", answers_per_prompt=8)
     question, answer = tiny.arithmetic(1)[0]
     for part in (
-        " * max_tokens              15",
-        "   answers_per_prompt      8",
+        "   max_tokens              15                       given\n",
+        "   answers_per_prompt      8\n",
         f"  | {question}\n",
         f"answer: {answer}",
         "first of 3 prompts as the model sees it, 10 tokens",
@@ -310,7 +310,7 @@ def test_first_prompt_is_shown_with_its_special_tokens():
     tokenizer = tiny.make_tokenizer()
     tokenizer.chat_template = "<eos>{% for m in messages %}{{ m.content[:3] }}{% endfor %}<pad>"
     prompts, _ = data.encode([("123", "6")], tokenizer, 100)
-    text = plan.report(Config(max_prompt_tokens=32, max_tokens=15), [], tiny.make_model(0).config, tokenizer, prompts)
+    text = plan.report(Config(max_prompt_tokens=32, max_tokens=15), {}, tiny.make_model(0).config, tokenizer, prompts)
     assert "  | <eos>123<pad>\n" in text
 
 

@@ -69,9 +69,7 @@ HUB = {
 
 def expanded(*argv: str):
     """The configuration that train.py makes of this command line."""
-    argv = config.with_recipes([*argv], train.Config)
-    argv = config.with_value(argv, "replay", "prompt")
-    return config.parse(train.Config, argv, "", config.preset(train.Config, argv, tiny.SETTINGS, train.METHODS))
+    return config.settings([*argv], train.Config, train.METHODS, tiny.SETTINGS, "")
 
 
 def commands(path: Path) -> list[list[str]]:

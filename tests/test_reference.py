@@ -8,6 +8,7 @@ import pytest
 from lab import compare, reference
 from support import plot
 from support.config import ROOT
+from tests.helpers import code_of
 
 SHIPPED = ROOT / "docs" / "reference"
 MEMORY = {"gpu_memory", "tokens_per_microbatch", "rollout_batch"}  # its bounds change a run by rounding alone
@@ -79,5 +80,5 @@ def test_a_run_of_ones_own_stands_beside_its_reference(tmp_path, capsys):
         assert result["methods"][mine]["difference"][cost]["mean"] == pytest.approx(0, abs=1e-9)
         assert result["methods"][mine]["budgets"][cost] == result["methods"][shipped]["budgets"][cost]
     capsys.readouterr()
-    assert reference.main([*flags[:-1], "30"]) == 2
+    assert code_of(reference.main, [*flags[:-1], "30"]) == 2
     assert "no multiple of 20" in capsys.readouterr().err

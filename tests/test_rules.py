@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from scipy.stats import beta
 
+import train
 from lab import rules
 from lab.rules import (
     GRESO,
@@ -22,6 +23,7 @@ from lab.rules import (
     worth,
 )
 from replay import Uniform
+from support import config
 from tests.helpers import G, group, know, restored, run_store, simulate, visits
 
 # ---------------------------------------------------------------- GRESO
@@ -368,10 +370,11 @@ def test_adaptives_share_of_places_is_part_of_its_state():
 
 
 def test_adaptive_cannot_join_rollout_level_replay():
-    store = OnPolicyGroupReplay()
-    store.attach(SimpleNamespace(stores={"places": store}))
-    with pytest.raises(ValueError, match="it cannot join rollout"):
-        store.attach(SimpleNamespace(stores={"places": store, "extra": None}))
+    chosen = config.choose_rules("adaptive", train.METHODS)
+    assert chosen["places"] is OnPolicyGroupReplay
+    for names in ("adaptive+rollout", "rollout+adaptive", f"{rules.__file__}:OnPolicyGroupReplay+rollout"):
+        with pytest.raises(ValueError, match="OnPolicyGroupReplay cannot join RolloutReplay; leave out one"):
+            config.choose_rules(names, train.METHODS)
 
 
 @pytest.mark.parametrize("wrong", [{"min_ess": 1.0}, {"min_ess": -0.1}, {"max_fill": 1.5}, {"max_fill": -0.1}])

@@ -10,6 +10,7 @@ from lab import second_pass, simulate
 from lab.second_pass import Group, generate, train, tuned, update
 from lab.simulate import Policy, Setting
 from replay import Uniform
+from tests.helpers import code_of
 
 SMALL = Setting(prompts=64, prompts_per_step=8, skills=2, steps=100, visit=0.5)
 
@@ -106,5 +107,5 @@ def test_the_whole_command_and_bad_input(tmp_path, capsys, monkeypatch):
     parts = cell["accuracy"]
     assert cell["tests"]["group - twice"]["mean"] == pytest.approx(parts["group"] - parts["twice"], abs=1e-3)
     assert "24 runs" in capsys.readouterr().out
-    assert second_pass.main(["--cells", "nowhere"]) == 2
-    assert second_pass.main(["--seeds", "3"]) == 2
+    assert code_of(second_pass.main, ["--cells", "nowhere"]) == 2
+    assert code_of(second_pass.main, ["--seeds", "3"]) == 2

@@ -7,6 +7,7 @@ from lab import simulate
 from lab.rules import GRESO
 from lab.simulate import Policy, Setting, against, compare_rules, make_task, reinforce, rollouts_to, run
 from replay import Prioritized, PromptReplay, Uniform
+from tests.helpers import code_of
 
 SMALL = {"prompts": 60, "prompts_per_step": 4, "steps": 40}
 
@@ -208,7 +209,7 @@ def test_the_map_is_a_figure_and_its_numbers(tmp_path, capsys):
     ["--visit 0", "--sharing 1", "--difficulty -0.1", "--answers 1", "--prompts 8", "--seeds 1", "--steps 1"],
 )
 def test_bad_numbers_end_in_one_line_and_exit_code_2(flags, capsys):
-    assert simulate.main(flags.split()) == 2
+    assert code_of(simulate.main, flags.split()) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: --") and error.count("\n") == 1
 
@@ -243,8 +244,9 @@ def test_a_rule_of_ones_own_is_simulated_beside_ours(tmp_path, capsys):
         (f"{file}:Other", "has no class 'Other'"),
         (f"{tmp_path}/no.py:Same", "there is no file"),
         ("Same", "or give file.py:Class"),
+        ("pompt", "or give file.py:Class; did you mean prompt?"),
     ):
-        assert simulate.main([*flags, "--rules", name]) == 2
+        assert code_of(simulate.main, [*flags, "--rules", name]) == 2
         error = capsys.readouterr().err
         assert message in error
         assert error.count("\n") == 1

@@ -54,8 +54,7 @@ def refused(*words: str) -> int:
 
 def parsed(*words: str) -> train.Config:
     """The configuration that `train.main` would make of these flags."""
-    argv = config.with_value([*words], "replay", "prompt")
-    return config.parse(train.Config, argv, "", config.preset(train.Config, argv, tiny.SETTINGS, train.METHODS))[0]
+    return config.settings([*words], train.Config, train.METHODS, tiny.SETTINGS, "")[0]
 
 
 def figures(rows: list[dict]) -> list[dict]:
@@ -290,10 +289,10 @@ BAD_FLAGS = {
     "--gpu-memory 1.5": "--gpu-memory must be at most 1",
     "--gpu-memory -1": "--gpu-memory must be at least 0",
     "--threads 100000": "--threads must be at most 1024",
-    "--replay adaptive+rollout": "adaptive judges .* it cannot join rollout",
+    "--replay adaptive+rollout": "OnPolicyGroupReplay cannot join RolloutReplay",
     "--dry-run --reward nosuch": "nosuch",
     "--dry-run --share 7": "share",
-    "--dry-run --replay adaptive+rollout": "it cannot join rollout",
+    "--dry-run --replay adaptive+rollout": "OnPolicyGroupReplay cannot join RolloutReplay",
     "--replay prompt+": "not known",
     "--reward nonsense": "nonsense",
     "--data /nowhere/file.jsonl": "/nowhere/file.jsonl",

@@ -21,7 +21,7 @@ import grpo
 import rollout
 import train
 from lab import rules
-from replay import Group, PromptReplay
+from replay import Group, PromptReplay, Uniform
 from support import checkpoint, config, lives, plot
 from tasks import tiny
 
@@ -146,8 +146,8 @@ def test_without_replay_prompts_come_in_the_same_order(tmp_path, monkeypatch):
 
         return draw
 
-    for name in ("Uniform", "PromptReplay"):
-        monkeypatch.setattr(getattr(train, name), "draw", record(name, getattr(train, name).draw))
+    for kind in (Uniform, PromptReplay):
+        monkeypatch.setattr(kind, "draw", record(kind.__name__, kind.draw))
     run(tmp_path / "plain", "--steps", "8")
     run(tmp_path / "off", "--replay", "--share", "0", "--steps", "8")
     assert drawn["PromptReplay"] == drawn["Uniform"]
@@ -252,15 +252,15 @@ def test_a_signal_saves_and_leaves(tmp_path, number):
 # ---------------------------------------------------------------- bad input: one clear line, exit code 2
 
 UNREADABLE = {  # what no value can be read from: tyro's own box, which names the flag and what is wrong
-    "--no-such-flag 3": "Unrecognized options: --no-such-flag",
     "--band 0.5": "--band'. Expected 2 values",
     "--steps many": "--steps: invalid literal",
     "--seed 1.5": "--seed: invalid literal",
     "--lr": "Missing value for argument '--lr'",
     "--advantage median": "'median' for argument '--advantage'.*'centred', 'std', 'rloo'",
-    "--kv-cache-gb 3": "Unrecognized options: --kv-cache-gb",  # gone; --vllm has it
 }
 BAD_FLAGS = {
+    "--no-such-flag 3": "there is no flag --no-such-flag",
+    "--kv-cache-gb 3": "there is no flag --kv-cache-gb",  # gone; --vllm has it
     "--answers-per-prompt 1": "--answers-per-prompt must be at least 2",
     "--share 1.5": "--share must be at most 1",
     "--band 0.8 0.2": "band",
@@ -298,7 +298,7 @@ BAD_FLAGS = {
     "--data /nowhere/file.jsonl": "/nowhere/file.jsonl",
     "--max-prompts 3": "3 training prompts",
     "--max-prompt-tokens 4": "0 training prompts",
-    "--model /nowhere/model --data x": "/nowhere/model",
+    "--model /nowhere/model --data x/y": "/nowhere/model",
     "--model out": "no model can be loaded",
     "--difficulty 0.5 0.2 --data x.jsonl": "difficulty",
     "--gpus 8x80": "--dry-run",

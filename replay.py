@@ -265,6 +265,9 @@ class ReplayStore(Saved):
     def learn(self, trained: dict) -> None:
         """The figures of the update that followed. Nor of these."""
 
+    def figures(self, step: int) -> dict:
+        return {"stored": len(self.stored)}
+
 
 class DynamicSampling(ReplayStore):
     """DAPO (2503.14476), a baseline. The loop generates again until the batch is full; useful groups that

@@ -153,7 +153,7 @@ import grpo
 import reward
 import rollout
 from replay import DynamicSampling, Group, Uniform
-from support import checkpoint, folder, log, offload, plan, ranks
+from support import checkpoint, folder, limits, log, offload, plan, ranks
 from support.model import check_policy, load_model, make_optimizer, use_varlen_attention
 from tasks import data, prompts
 
@@ -378,7 +378,7 @@ def main(argv: list[str]) -> int:
     cfg, given = config.settings(argv, Config, METHODS, tiny.SETTINGS, __doc__)
     cfg.judge = reward.judge_of(cfg)
     memory = plan.explained(cfg, cfg.model or str(tiny.home(cfg.sharing)))
-    wrong = config.exits(2, plan.OutOfMemory, reward.RewardBroken, OSError, all_ranks=True)
+    wrong = config.exits(2, plan.OutOfMemory, limits.UsersCodeBroken, OSError, all_ranks=True)
     broken = config.exits(1, rollout.EngineAstray, FloatingPointError, reward.VerifierBroken, all_ranks=True)
     with wrong, broken, memory:
         with config.exits(2, ValueError, OSError):

@@ -44,6 +44,7 @@ from lab.rules import GRESO, Adaptive, Beta
 from replay import Prioritized, PromptReplay, Uniform
 from support import log, stats
 from support.config import OUT, decides, exits, load_class, meant, parse, with_value
+from support.own_rule import guarded
 
 RULES = {
     "uniform": Uniform,
@@ -133,7 +134,7 @@ def rule_of(name: str):
     rule = load_class(name)
     if decides(rule) != "prompts":
         raise ValueError(f"--rules {name} decides {decides(rule)}; only rules that choose prompts are simulated")
-    return rule
+    return guarded(rule)
 
 
 # ---------------------------------------------------------------- the policy
@@ -284,7 +285,12 @@ def run(setting: Setting, rule, seeds: list[int], salt: int = 0, until: float = 
         back = np.zeros(chosen.shape, bool)
         for i, sampler in enumerate(samplers):
             sampler.progress = (step - 1) / setting.steps
-            chosen[i] = sampler.draw(setting.prompts_per_step, step)
+            drawn = sampler.draw(setting.prompts_per_step, step)
+            if len(drawn) < setting.prompts_per_step:
+                raise ValueError(
+                    f"{type(sampler).__name__} drew {len(drawn)} prompts; the simulator needs a full batch"
+                )
+            chosen[i] = drawn
             back[i] = np.isin(chosen[i], list(sampler.replays))
 
         # answers, update, and what the samplers are told

@@ -18,6 +18,7 @@ from typing import Annotated
 
 import tyro
 
+
 ROOT = Path(__file__).parent.parent  # of the project
 OUT = ROOT / "out"  # where runs, and the embedded model, are kept
 
@@ -435,6 +436,8 @@ def decides(rule: type) -> str:
 def build(kind: type, config, *args):
     """A `kind`, whose keyword arguments are the settings in `config` that bear the same names. ValueError if it needs
     others."""
+    from support.own_rule import guarded  # imports torch, which takes seconds, and flags are read before
+
     signature = inspect.signature(kind)
     names = {field.name for field in dataclasses.fields(config)} & set(signature.parameters)
     settings = {name: getattr(config, name) for name in names}
@@ -442,7 +445,7 @@ def build(kind: type, config, *args):
         signature.bind(*args, **settings)
     except TypeError as error:
         raise ValueError(f"{kind.__name__} cannot be made ({error}): what is no flag needs a default") from error
-    return kind(*args, **settings)
+    return guarded(kind)(*args, **settings)
 
 
 @contextlib.contextmanager

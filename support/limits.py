@@ -4,7 +4,11 @@ import contextlib
 import signal
 import threading
 
-SECONDS = 600  # of one call of a user's reward; a judge behind a network may need minutes
+SECONDS = 600  # of one call of a user's reward or rule; a judge behind a network may need minutes
+
+
+class UsersCodeBroken(ValueError):
+    """What a user's file defines does not do what it has to."""
 
 
 class TookTooLong(BaseException):

@@ -24,7 +24,7 @@ OFFERED = ("prompts", "lengths", "truncated")  # text or messages, tokens of the
 MOST_HELD_OUT = 400  # problems of a task; at most a tenth of them
 
 
-class RewardBroken(ValueError):
+class RewardBroken(limits.UsersCodeBroken):
     """A user's function does not do what it has to."""
 
 

@@ -18,7 +18,6 @@ from typing import Annotated
 
 import tyro
 
-
 ROOT = Path(__file__).parent.parent  # of the project
 OUT = ROOT / "out"  # where runs, and the embedded model, are kept
 

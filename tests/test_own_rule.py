@@ -217,5 +217,6 @@ def test_counts_of_right_answers_reach_the_rule_as_the_loop_gave_them(tmp_path):
 def test_the_simulator_tells_a_rule_that_draws_too_few(tmp_path, capsys):
     path = tmp_path / "few.py"
     path.write_text(BEGINNING + "class Few(Uniform):\n    def draw(self, n, step):\n        return [3]\n")
-    assert simulate.main(["--rules", f"{path}:Few", "--seeds", "2", "--steps", "3"]) == 2
+    with pytest.raises(SystemExit):
+        simulate.main(["--rules", f"{path}:Few", "--seeds", "2", "--steps", "3"])
     assert "Few drew 1 prompts; the simulator needs a full batch" in capsys.readouterr().err

@@ -414,6 +414,13 @@ def summary(rows: list[dict], evaluated: str = "held-out") -> str:
         name = "held-out accuracy" if evaluated == "held-out" else f"accuracy {evaluated}"
         lines.append(f"{name}: {start:.3f} at the start, {accuracies[-1]:.3f} at the end")
 
+    # a run that could learn nothing looks like any other, but for a figure or two
+    if not any(row.get("trained_groups", 1) for row in rows):
+        what = "problems that the model solves now and then"
+        if last["reward"] >= 1:
+            what = "harder problems"
+        lines.append(f"nothing was trained on: in every group all rewards were equal; give it {what}")
+
     # whether bringing prompts back pays here
     for name, visitor in (("replay", "replay"), ("epochs", "the next epoch")):
         if f"gain_{name}" in last:

@@ -275,6 +275,14 @@ def test_gauge_is_the_mean_change_from_visit_to_visit_apart_for_replay_and_epoch
     assert log.advice(0.054, 0.047) == log.advice(0.2, 0.03) == log.advice(0.01, 0.01)
 
 
+def test_a_run_without_a_live_group_is_told_that_nothing_was_trained_on():
+    row = {"step": 1, "rollouts": 8, "tokens": 8, "seconds_total": 1.0, "reward": 0.0, "trained_groups": 0}
+    row |= {f"seconds_{name}": 0.25 for name in ("rollout", "reward", "update", "sync")}
+    assert "all rewards were equal; give it problems that the model solves now" in log.summary([row, row])
+    assert "give it harder problems" in log.summary([row | {"reward": 1.0}])
+    assert "nothing was trained" not in log.summary([row, row | {"trained_groups": 1}])
+
+
 def test_closing_lines_say_how_far_from_on_policy_stored_answers_were():
     row = {"step": 1, "rollouts": 8, "tokens": 80} | dict.fromkeys(
         (f"seconds_{name}" for name in ("rollout", "reward", "update", "sync", "total")), 1.0

@@ -15,9 +15,11 @@ import pytest
 from transformers import LlamaConfig, Qwen2Config
 
 import train
+from lab.recipes import guru_math
 from support import config, plan
 from support.config import ROOT
-from tasks import tiny
+from tasks import data, tiny
+from tests.helpers import code_of
 from tests.test_plan import MODELS
 
 FOLDER = ROOT / "lab" / "recipes"
@@ -164,6 +166,35 @@ def test_a_recipe_of_a_paper_says_what_is_known_what_is_not_and_what_it_needs(pa
     if "(26" in text.splitlines()[0]:  # a paper's number
         for part in ("Known", "Not known", "Reported", "Hardware"):
             assert f"\n# {part}: " in text
+
+
+def test_the_data_of_prioritized_replay_are_drawn_by_its_rules(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+    def row(i: int, **more) -> dict:
+        gold = {"ground_truth": str(i)}
+        asked = [{"role": "user", "content": f"Problem {i}?"}]
+        rates = {guru_math.SOLVER: 0.9, guru_math.LEARNER: 0.6 * i / 400}
+        return {"prompt": asked, "reward_model": gold, "ability": "math", **rates} | more
+
+    rows = [row(i) for i in range(400)]
+    rows += [row(0), row(500, ability="code"), row(501, **{guru_math.SOLVER: 0.5})]
+    rows += [row(502, **{guru_math.LEARNER: 0.7}), row(503, **{guru_math.SOLVER: 0.6, guru_math.LEARNER: 0.6})]
+    (tmp_path / "maths.jsonl").write_text("".join(json.dumps(one) + "\n" for one in rows))
+    assert guru_math.main(["maths.jsonl", "--count", "40"]) == 0
+    said = capsys.readouterr().out
+    assert "405 rows, 400 kept, 40 drawn" in said and "above 0.2, at most 0.4: " in said
+    drawn, _ = data.load_pairs("guru-math-1000.jsonl", answer_column="reward_model")
+    numbers = sorted(int(gold) for _, gold in drawn)
+    assert [sum(40 * i <= number < 40 * (i + 1) for number in numbers) for i in range(10)] == [4] * 10
+
+    for words, message in (
+        ([], "give the files"),
+        (["maths.jsonl"], "400 of 405 rows are left, fewer than the 1000"),
+        (["guru-math-1000.jsonl"], "row 1 lacks ability, qwen3_30b_pass_rate"),
+    ):
+        assert code_of(guru_math.main, words) == 2
+        assert message in capsys.readouterr().err
 
 
 # ---------------------------------------------------------------- @FILE

@@ -111,6 +111,28 @@ def test_refills_that_ranks_cannot_share_evenly(tmp_path):
     assert any(row["rollouts"] - before["rollouts"] > 20 for before, row in zip(figures, figures[1:], strict=False))
 
 
+TASK = """
+from reward import grade_equation
+from tasks.tiny import arithmetic
+
+def rows():
+    return [{"problem": p, "answer": a, "both": p + a} for p, a in arithmetic(200)]
+
+def score(responses, golds, both, prompts, lengths):
+    assert both == [p + a for p, a in zip(prompts, golds, strict=True)] and len(lengths) == len(responses)
+    return [right + int(one[-1]) / 100 for right, one in zip(grade_equation(responses, golds), both, strict=True)]
+"""
+
+
+@pytest.mark.slow
+def test_a_reward_has_the_columns_of_its_own_ranks_prompts(tmp_path):
+    (tmp_path / "mine.py").write_text(TASK)
+    flags = ["--task", str(tmp_path / "mine.py"), "--prompts-per-step", "5", "--steps", "4", "--eval-every", "2"]
+    assert train.main([*FLAGS, *flags, "--out", str(tmp_path / "one")]) == 0
+    finish(start(tmp_path / "two", *flags))
+    assert_same_run(tmp_path / "one", tmp_path / "two")
+
+
 @pytest.mark.slow
 def test_micro_batches_do_not_change_the_numbers(one_rank, tmp_path):
     out = tmp_path / "small"

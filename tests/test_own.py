@@ -244,16 +244,35 @@ def test_a_task_in_a_file_is_trained_judged_and_resumed(tmp_path, capsys):
     )
 
 
-def test_the_task_of_the_documentation_scores_its_own_words(tmp_path):
+def example(beginning: str) -> str:
+    """The first example of docs/usage.md with these words in it."""
     usage = (config.ROOT / "docs" / "usage.md").read_text()
-    (text,) = [part for part in usage.split("```") if part.startswith("python") and "def rows()" in part]
-    path = write(tmp_path / "my_task.py", text.removeprefix("python"))
+    texts = [part.removeprefix("python") for part in usage.split("```") if part.startswith("python")]
+    return next(text for text in texts if beginning in text)
+
+
+def test_the_task_of_the_documentation_scores_its_own_words(tmp_path):
+    path = write(tmp_path / "my_task.py", example("def rows()"))
     training, held_out, _ = own.problems(path)
     prompts = [data.Prompt(i, *pair[:2], (1,), *pair[2:]) for i, pair in enumerate(training[:2])]
     scorer = own.Scorer(own.scorer_of(path))
     scorer.check(prompts)
     answers = [prompts[0].row["word"][::-1], "no"]
     assert scorer.of_prompts(answers, prompts, [5, 2], [False] * 2) == [1.0, 0.0] and len(held_out) > 100
+
+
+def test_stages_of_the_documentation_are_scored_each_by_its_own_task(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    for name, worth in (("easy", 1.0), ("hard", 0.5)):
+        rows = [{"problem": f"{name} {i}?"} for i in range(20)]
+        scored = f"def score(responses, golds): return [{worth}] * len(responses)"
+        write(tmp_path / f"{name}.py", f"def rows(): return {rows}\n{scored}\n")
+    path = write(tmp_path / "in_order.py", example("import easy"))
+    training, held_out, _ = own.problems(path)
+    assert {pair[3]["stage"] for pair in training} == {0, 1} and len(training) + len(held_out) == 40
+    prompts = [data.Prompt(i, *pair[:2], (1,), *pair[2:]) for i, pair in enumerate(training)]
+    rewards = own.Scorer(own.scorer_of(path)).of_prompts(["a"] * 36, prompts, [1] * 36, [False] * 36)
+    assert rewards == [1.0 if prompt.text.startswith("easy") else 0.5 for prompt in prompts]
 
 
 def test_a_tenth_of_a_task_is_held_out_and_repeats_are_dropped(tmp_path):

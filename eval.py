@@ -328,10 +328,8 @@ def set_up(cfg: Config) -> tuple:
         pairs = [(problem.text, problem.golds[0]) for problem in task.problems]
         whole = "task" in task.source and cfg.instruction == "auto"  # rows() writes whole prompts
         task.prompts, _ = data.encode(pairs, tokenizer, sys.maxsize, cfg.thinking, "none" if whole else cfg.instruction)
-        lengths = [len(prompt.ids) for prompt in task.prompts]
-        if min(lengths) == 0:
-            raise ValueError(f"{path} knows no sign of a problem of {task.name}; give another --model")
-        longest = max(longest, *lengths)
+        data.check_ids(task.prompts, model.get_input_embeddings().num_embeddings)
+        longest = max([longest, *(len(prompt.ids) for prompt in task.prompts)])
 
     # The engine.
     dtype = tiny.SETTINGS["dtype"] if embedded else "bfloat16"

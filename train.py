@@ -203,7 +203,7 @@ class Run:
         model = self.policy.model
         if use_varlen_attention(model, cfg.dtype):
             check_policy(self.policy)  # once more: it packs in another way
-        self.prompts, self.held_out = prompts.load_prompts(cfg, self.tokenizer)
+        self.prompts, self.held_out = prompts.load_prompts(cfg, self.tokenizer, model)
         self.digest = prompts.digest(self.prompts)  # a run is resumed on the data it was started on
         self.gauge = log.Gauge(len(self.prompts))
 
@@ -313,8 +313,8 @@ def train(run: Run) -> int:
     """The loop. Returns the signal that ended it early, or 0."""
     cfg = run.cfg
     places = cfg.prompts_per_step
-    stop = ranks.Stop()
     first = {"eval_accuracy_start": evaluate(run)} if run.held_out and run.step == 0 else {}
+    stop = ranks.Stop()  # before the first step there is nothing to save, and a signal ends the run at once
     progress = log.steps_left(run)
     for step in progress:
         run.seconds = dict.fromkeys(("rollout", "reward", "update", "sync"), 0.0)
@@ -380,7 +380,7 @@ def main(argv: list[str]) -> int:
     memory = plan.explained(cfg, cfg.model or str(tiny.home(cfg.sharing)))
     wrong = config.exits(2, plan.OutOfMemory, limits.UsersCodeBroken, OSError, all_ranks=True)
     broken = config.exits(1, rollout.EngineAstray, FloatingPointError, reward.VerifierBroken, all_ranks=True)
-    with wrong, broken, memory:
+    with wrong, broken, memory, ranks.peers():
         with config.exits(2, ValueError, OSError):
             config.remark(cfg, given, METHODS)
             if cfg.dry_run:

@@ -27,7 +27,9 @@ import multiprocessing.connection
 import os
 import re
 import shlex
+import signal
 import sys
+import threading
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -41,7 +43,7 @@ from tyro.conf import Positional
 import reward
 from lab import figures
 from lab.figures import COSTS
-from support import config, log, plot, stats
+from support import checkpoint, config, log, plot, stats
 from tasks import tiny
 
 LEVELS = (0.4, 0.5, 0.6, 0.7)
@@ -328,6 +330,7 @@ def one_run(folder: Path, flags: list[str]) -> None:
     """In a process of its own, with its console in log.txt. load.json has the machine's load before and after, and the
     CPU seconds, those before an interruption included."""
     os.setsid()  # Ctrl-C is for the parent, which ends its runs once; twice would be at once, with nothing saved
+    threading.Thread(target=leave_with_parent, daemon=True).start()
     with open(folder / "log.txt", "w") as console:
         os.dup2(console.fileno(), 1)
         os.dup2(console.fileno(), 2)
@@ -343,13 +346,20 @@ def one_run(folder: Path, flags: list[str]) -> None:
     sys.exit(code)
 
 
+def leave_with_parent() -> None:
+    """A run does not outlive a comparison that is killed: it saves and leaves."""
+    multiprocessing.parent_process().join()
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
 def start_run(processes, folder: Path, flags: list[str]):
     """Begins a run, or goes on with one that was interrupted. Returns its process."""
     folder.mkdir(parents=True, exist_ok=True)
-    if any(folder.glob("checkpoints/step-*/state.pt")):
-        flags = [*flags, "--resume"]
-    else:
-        (folder / "metrics.jsonl").unlink(missing_ok=True)
+    taken = checkpoint.in_use(folder)
+    if taken:
+        raise ValueError(taken)
+    if checkpoint.is_run(folder):
+        flags = [*flags, "--resume"]  # without a checkpoint it begins anew
     process = processes.Process(target=one_run, args=(folder, flags))
     process.start()
     return process

@@ -61,7 +61,8 @@ def choose_folder(cfg, parent: Path) -> Path:
         return folder
     model = Path(os.path.abspath(cfg.model or "tiny")).name  # of --model . as well
     method = "grpo" if cfg.replay == "none" else cfg.replay
-    method = re.sub(r"[^+]*/", "", method).replace(".py:", "-")  # path/to/file.py:Class: file-Class
+    parts = [part.rpartition("/")[2] for part in method.split("+")]
+    method = "+".join(parts).replace(".py:", "-")  # path/to/file.py:Class: file-Class
     name = f"{model}-{method}-s{cfg.seed}"
     folders = [parent / name] + [parent / f"{name}-{i}" for i in range(2, 1000)]
     if not cfg.resume:

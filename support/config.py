@@ -6,10 +6,12 @@ import difflib
 import importlib
 import importlib.util
 import inspect
+import json
 import math
 import os
 import re
 import shlex
+import signal
 import sys
 import time
 import traceback
@@ -75,6 +77,7 @@ BOUNDS = {
 ABOVE = ("lr", "grad_clip", "smoothing")  # these have to be above 0; so has the temperature, in training
 INFINITE = ("initial_priority", "is_cap")  # these may be inf: before all others; no cap
 TEXTS = ("instruction",)  # these may have several lines
+ALONE = 10  # seconds after which a rank that torchrun has not ended is the only one with its mistake
 
 # What train.py asks of a rule, by what the rule decides. replay.Uniform and replay.ReplayStore have most of it.
 NEEDS = {
@@ -449,13 +452,24 @@ def build(kind: type, config, *args):
 
 @contextlib.contextmanager
 def exits(code: int, *kinds: type[Exception], all_ranks: bool = False):
-    """A mistake ends in one line and exit code `code`. What is wrong on every rank is said by the first one; with
-    `all_ranks` each says it, as it may be wrong on one of them alone."""
+    """A mistake ends in one line and exit code `code`, and so does Ctrl-C. What is wrong on every rank is
+    said by the first one; with `all_ranks` each says it at once, as it may be wrong on one of them alone."""
     try:
         yield
     except kinds as error:
-        if all_ranks or os.environ.get("RANK", "0") == "0":  # the ranks may not have met yet
-            print("; ".join([f"error: {error}", *getattr(error, "__notes__", [])]), file=sys.stderr)
-        else:
-            time.sleep(10)  # torchrun ends all ranks with the first that leaves: it has to be the one that speaks
+        message = "; ".join([f"error: {error}", *getattr(error, "__notes__", [])])
+        if not all_ranks and os.environ.get("RANK", "0") != "0":  # the ranks may not have met yet
+            time.sleep(ALONE)
+        for_torchrun(message)
+        print(message, file=sys.stderr)
         raise SystemExit(code) from error
+    except KeyboardInterrupt as error:
+        print("; ".join(["stopped at once", *getattr(error, "__notes__", [])]), file=sys.stderr)
+        raise SystemExit(128 + (error.args or [signal.SIGINT])[0]) from error
+
+
+def for_torchrun(message: str) -> None:
+    """Leaves the message where torchrun looks for it: its own report, forty lines long, then ends with it."""
+    path = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if path:
+        Path(path).write_text(json.dumps({"message": message, "timestamp": int(time.time())}))

@@ -37,6 +37,9 @@ def kept(run):
         if checkpoint.newest(run.folder) and "--resume" not in str(error):
             error.add_note(f"what is saved stays: mend it, and go on with --resume --out {run.folder}")
         raise
+    except KeyboardInterrupt as error:
+        error.add_note(f"what is saved stays: go on with --resume --out {run.folder}")
+        raise
 
 
 def end(run, ended_by: int) -> None:

@@ -35,6 +35,8 @@ def load_model(path: str, gradient_checkpointing: bool = False, device: str | No
     stop_ids = set(stop) if isinstance(stop, list) else {stop}
     stop_ids.add(tokenizer.eos_token_id)
     stop_ids.discard(None)
+    if not all(isinstance(one, int) for one in stop_ids):
+        raise ValueError(f"eos_token_id {stop!r} of the model in {path} is no number of a token; mend its config")
 
     if gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})

@@ -8,11 +8,13 @@ Samplers and stores are replicated: every rank makes the same draw from the same
 slice of the prompts with an engine of its own, and is handed everyone's groups. The trainer is sharded by FSDP2.
 """
 
+import contextlib
 import os
 import select
 import signal
 import stat
 import sys
+from collections.abc import Iterable
 from datetime import timedelta
 
 import torch
@@ -23,6 +25,7 @@ from tqdm import tqdm
 
 RANK = 0  # of this process, and how many there are; `start` sets them
 WORLD = 1
+PATIENCE = timedelta(minutes=30)  # a rank that died is noticed by its peers at once; one that is stuck, after this long
 
 
 def start() -> None:
@@ -36,8 +39,7 @@ def start() -> None:
         backend = "cpu:gloo,cuda:nccl"
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
-    # a rank that died is noticed by its peers at once; one that is stuck, after this long
-    dist.init_process_group(backend, timeout=timedelta(minutes=30), device_id=device)
+    dist.init_process_group(backend, timeout=PATIENCE, device_id=device)
     global RANK, WORLD
     RANK = dist.get_rank()
     WORLD = dist.get_world_size()
@@ -96,12 +98,32 @@ def largest(value: float) -> float:
     return most.item()
 
 
+def bar(items: Iterable, what: str, total: int | None = None) -> Iterable:
+    """`items`, with a bar on rank 0 where there is a terminal, once they have taken two seconds."""
+    return tqdm(items, what, total, delay=2, leave=False, disable=None if is_main() else True)
+
+
 def agree(value) -> bool:
     """Whether all ranks have the same value; every rank has to ask."""
     values = [value] * WORLD
     if WORLD > 1:
         dist.all_gather_object(values, value)
     return all(other == values[0] for other in values)
+
+
+@contextlib.contextmanager
+def peers():
+    """ConnectionError, in one line, where another rank has died or is stuck. It keeps the notes of the error that
+    torch raises then, which is a RuntimeError, from whatever needed the other rank."""
+    try:
+        yield
+    except RuntimeError as error:
+        what = " ".join(str(error).split())
+        if WORLD == 1 or not (isinstance(error, dist.DistError) or "gloo" in what):
+            raise
+        lost = ConnectionError(f"rank {RANK} has lost another rank, which died or is stuck ({what[-200:]})")
+        lost.__notes__ = getattr(error, "__notes__", [])
+        raise lost from error
 
 
 class Stop:
@@ -119,7 +141,7 @@ class Stop:
         if number == signal.SIGHUP:
             leave_terminal()
         if self.signal:
-            raise KeyboardInterrupt
+            raise KeyboardInterrupt(number)
         self.signal = number
         message = "stopping after this step; once more to stop at once"
         if WORLD > 1:

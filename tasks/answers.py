@@ -50,6 +50,8 @@ def spell_out(text: str) -> str:
 
     NFKC alone would make 25, x1 and 1⁄2 of them.
     """
+    if text.isascii():
+        return text
     return NOT_ASCII.sub(spell_out_run, text).replace("⁄", "/")
 
 

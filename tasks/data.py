@@ -20,6 +20,7 @@ import hashlib
 import io
 import json
 import logging
+import math
 import random
 import re
 from collections import Counter
@@ -29,6 +30,7 @@ from decimal import Decimal
 from fractions import Fraction
 from pathlib import Path
 
+from support import limits, ranks
 from support.config import meant
 from tasks.answers import LONGEST, matching_braces, spell_out
 
@@ -36,19 +38,30 @@ KINDS = (".jsonl", ".json", ".parquet", ".csv")
 PROBLEM_COLUMNS = ("problem", "prompt", "question")
 ANSWER_COLUMNS = ("answer", "solution")
 LONGEST_TEXT = 1_000_000  # characters of a problem or a worked answer; no model reads so many
+MOST_ROWS = 10_000_000  # of a file
+LARGEST = 8 << 30  # bytes of a file, unpacked
+AT_ONCE = 1000  # prompts that a tokenizer is given
 INSTRUCTION = "\n\nPlease reason step by step, and put your final answer within \\boxed{}."
 ASKS_FOR_BOX = re.compile(r"answer[^.]{0,60}\\boxed", re.I)  # an instruction like ours is there already
 PLAIN_TEXT = "note: the tokenizer has no chat template: prompts are plain text, without an instruction"
 
-# What data sets put around their problems. An instruction is added by `encode`, once.
-WRAPPERS = (
-    r"(?i)^\s*user:\s*",
-    r"(?is)^\s*Solve the following math problem step by step\. The last line of your .{0,200}? to the problem\.",
-    r"(?i)Remember to put your answer on its own line after \"Answer:\"\.?$",
-    r"(?i)(Let's think|(Please )?reason) step by step,? and (output the|put your) final answer within \\boxed\{\}\.?$",
-)
+# What data sets put around their problems, each behind words of it, which are looked for first: most problems have
+# none. An instruction is added by `encode`, once.
+WRAPPERS = {
+    "user:": r"(?i)^\s*user:\s*",
+    "the last line of your": (
+        r"(?is)^\s*Solve the following math problem step by step\. The last line of your .{0,200}? to the problem\."
+    ),
+    "on its own line": r"(?i)Remember to put your answer on its own line after \"Answer:\"\.?$",
+    "step by step": (
+        r"(?i)(Let's think|(Please )?reason) step by step,? and (output the|put your) final answer within "
+        r"\\boxed\{\}\.?$"
+    ),
+}
 
 BOX = re.compile(r"\\(?:boxed|fbox)(?:\s*(?P<brace>\{)|\s+(?P<bare>[^\s{}$.]+))")
+JUNK = r"[^\w+\-*/=<>^|%!.()\[\]]"  # signs that make no other problem of one
+ASCII_JUNK = {number: None for number in range(128) if re.match(JUNK, chr(number))}
 # 3/8, 0.375 or 3.75e-1. An exponent is bounded, because a Fraction holds all its digits.
 PASS_RATE = re.compile(r"[-+]?(?:\d+/0*[1-9]\d*|(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d{1,3})?)")
 
@@ -119,6 +132,7 @@ def read_rows(path: str) -> list[dict]:
         raise FileNotFoundError(f"no data file at {path}; give an existing file of {', '.join(KINDS)}")
     if file.suffix not in KINDS:
         raise ValueError(f"{path}: this kind of file is not read; use .jsonl, .json, .parquet or .csv")
+    check_size(path, size=file.stat().st_size)
     if file.suffix == ".parquet":
         rows = read_parquet(path)
     else:
@@ -142,10 +156,19 @@ def read_parquet(path: str) -> list[dict]:
     import pyarrow  # slow to import, and not needed for the embedded task
     import pyarrow.parquet
 
+    rows = []
+    size = 0
     try:
-        table = pyarrow.parquet.ParquetFile(path).read()
-        check_columns(path, table.column_names)
-        return table.to_pylist()
+        file = pyarrow.parquet.ParquetFile(path)
+        check_columns(path, file.schema_arrow.names)
+        check_size(path, rows=file.metadata.num_rows)
+        # In parts: a file of a few kilobytes may unpack to more than the memory holds.
+        batches = file.iter_batches(batch_size=AT_ONCE)
+        for batch in ranks.bar(batches, f"reading {path}", math.ceil(file.metadata.num_rows / AT_ONCE)):
+            size += batch.nbytes
+            check_size(path, size=size)
+            rows += batch.to_pylist()
+        return rows
     except (pyarrow.ArrowException, UnicodeDecodeError, OSError) as error:
         raise ValueError(f"{path} cannot be read as parquet: {one_line(error)}") from error
 
@@ -169,7 +192,8 @@ def read_json(path: str, text: str) -> list:
     if path.endswith(".json") and text.lstrip().startswith("["):
         return parse_json(text, path)
     rows = []
-    for n, line in enumerate(text.split("\n"), 1):  # not splitlines, which cuts at other characters too
+    lines = text.split("\n")  # not splitlines, which cuts at other characters too
+    for n, line in enumerate(ranks.bar(lines, f"reading {path}"), 1):
         if line.strip():
             rows.append(parse_json(line, f"{path} line {n}"))
     return rows
@@ -184,6 +208,14 @@ def parse_json(text: str, where: str):
         raise ValueError(f"{where} is JSON in more levels than can be read; write plain texts") from error
     except ValueError as error:  # an integer of more than 4300 digits
         raise ValueError(f"{where} cannot be read ({error}); write it as text") from error
+
+
+def check_size(path: str, rows: int = 0, size: int = 0) -> None:
+    """ValueError for a file of more rows, or more bytes, than are read."""
+    if rows > MOST_ROWS:
+        raise ValueError(f"{path} has {rows:,} rows, of which at most {MOST_ROWS:,} are read; give fewer")
+    if size > LARGEST:
+        raise ValueError(f"{path} is of more than {LARGEST >> 30} GiB, which is not read; give a part of it")
 
 
 def check_columns(path: str, names: Iterable[str]) -> None:
@@ -403,8 +435,11 @@ def unwrap(problem: str | list[dict]) -> str | list[dict]:
     if isinstance(problem, list):
         single = len(problem) == 1 and problem[0].get("role") == "user"
         return unwrap(problem[0]["content"]) if single else problem
-    for pattern in WRAPPERS:
-        problem = re.sub(pattern, "", problem).strip()
+    problem = problem.strip()
+    small = problem.lower()
+    for words, pattern in WRAPPERS.items():
+        if words in small:
+            problem = re.sub(pattern, "", problem).strip()
     return problem
 
 
@@ -491,14 +526,18 @@ def normal(problem: str | list[dict]) -> str:
 
     # Typesetting goes; what it sets apart stays apart.
     text = spell_out(unwrap(problem)).lower().replace("\u2212", "-").replace("\u2013", "-")
-    text = re.sub(r"\\(?:left|right|displaystyle|quad|qquad)(?![a-z])|\\[,;:!()\[\] ]", "", text)
-    text = re.sub(r"\\[dt]?frac *(?:(\d) *(\d))?", joined_fraction, text)
-    text = re.sub(r"(?<=\d)(?:,|\{,\})(?=\d{3}(?!\d))", "", text)  # 1,000
+    if "\\" in text:
+        text = re.sub(r"\\(?:left|right|displaystyle|quad|qquad)(?![a-z])|\\[,;:!()\[\] ]", "", text)
+        text = re.sub(r"\\[dt]?frac *(?:(\d) *(\d))?", joined_fraction, text)
+    if "," in text:
+        text = re.sub(r",(?<=\d,)(?=\d{3}(?!\d))|\{,\}(?<=\d\{,\})(?=\d{3}(?!\d))", "", text)  # 1,000
 
-    # Hyphens between words, exclamation marks after them, full stops and all other signs are junk.
-    junk = r"(?<=[a-z]{2})(?:-(?=[a-z]{2})|!)|\.(?!\d)|[^\w+\-*/=<>^|%!.()\[\]]"
-    text = re.sub(rf"(?<=\d)(?:{junk})+(?=\d)", "_", text)  # gcd(12, 3) is not gcd(1, 23)
-    return re.sub(junk, "", text) or str(problem)
+    # All other signs are junk, and so are full stops, hyphens between words, and exclamation marks after them. Each
+    # pattern begins with what it looks for: one that looked back from every letter would take twice as long.
+    text = re.sub(rf"(\d)(?:\.(?!\d)|{JUNK})+(?=\d)", r"\1_", text)  # gcd(12, 3) is not gcd(1, 23)
+    text = re.sub(r"\.(?!\d)|-(?<=[a-z]{2}-)(?=[a-z]{2})|!(?<=[a-z]{2}!)", "", text)
+    text = text.translate(ASCII_JUNK) if text.isascii() else re.sub(f"{JUNK}+", "", text)
+    return text or str(problem)
 
 
 def joined_fraction(match: re.Match) -> str:
@@ -506,11 +545,12 @@ def joined_fraction(match: re.Match) -> str:
     return f"frac{match[1]}_{match[2]}" if match[1] else "frac"
 
 
-def clean(cfg, evaluation: dict[str, list], missing: list[str], keep: str = "") -> tuple[list[Pair], str]:
-    """Different problems of `cfg.data`, none of `evaluation` (benchmark -> problems), and a line of what
-    went."""
+def clean(cfg, find_evaluation: Callable, keep: str = "") -> tuple[list[Pair], str]:
+    """Different problems of `cfg.data`, none of the evaluation's, and a line of what went. find_evaluation: returns
+    problems by benchmark, and the names of those that cannot be had; called once the data is there."""
     columns = (cfg.problem_column, cfg.answer_column)
     pairs, counts = load_pairs(cfg.data, *columns, cfg.difficulty, **hub_options(cfg.data_options), keep=keep)
+    evaluation, missing = find_evaluation()
     places = {}
     for benchmark, problems in evaluation.items():
         for problem in problems:
@@ -518,7 +558,7 @@ def clean(cfg, evaluation: dict[str, list], missing: list[str], keep: str = "") 
 
     # The first of several problems that are the same is kept.
     kept: dict[str, Pair] = {}
-    for pair in pairs:
+    for pair in ranks.bar(pairs, "comparing problems"):
         problem, answer = pair[:2]
         key = normal(problem)
         if key in places:
@@ -555,8 +595,14 @@ def evaluation_problems(names: Iterable[str], load: Callable[[str], list]) -> tu
 
 def fingerprint(pairs: Iterable[Pair]) -> str:
     """sha256 over problems and answers, and over rows where they are kept."""
-    listed = [tuple(pair) for pair in pairs]
-    return hashlib.sha256(json.dumps(listed, default=str).encode()).hexdigest()
+    # The digest of one JSON list, which is never held in memory as a whole.
+    digest = hashlib.sha256(b"[")
+    between = ""
+    for pair in pairs:
+        digest.update((between + json.dumps(tuple(pair), default=str)).encode())
+        between = ", "
+    digest.update(b"]")
+    return digest.hexdigest()
 
 
 def split(pairs: list[Pair], held_out: int, seed: int = 0) -> tuple[list[Pair], list[Pair]]:
@@ -579,8 +625,7 @@ def encode(
     default. `instruction`: another one, which every text gets, or none.
     """
     template = str(tokenizer.chat_template or "")
-    # Without return_dict=False transformers 5 returns a BatchEncoding, whose length is its number of keys.
-    options = {"add_generation_prompt": True, "return_dict": False}
+    options = {"add_generation_prompt": True, "tokenize": False}
     if thinking is not None:
         if "enable_thinking" not in template:
             what = "tokenizer has no chat template"
@@ -590,21 +635,34 @@ def encode(
         options["enable_thinking"] = thinking
 
     prompts: list[Prompt] = []
-    for text, answer, *more in pairs:
+    for start in ranks.bar(range(0, len(pairs), AT_ONCE), f"reading prompts, {AT_ONCE} at once"):
+        some = pairs[start : start + AT_ONCE]
+        texts = [pair[0] for pair in some]
         if template:
-            messages = as_messages(text, instruction)
-            ids = tokenizer.apply_chat_template(messages, **options)
-        elif isinstance(text, str):
-            ids = plain_ids(text if instruction == "auto" else instructed(text, instruction), tokenizer)
+            chats = [as_messages(text, instruction) for text in texts]
+            found = ids_of(render(chats, tokenizer, options), tokenizer, add_special_tokens=False)
         else:
-            text = "\n".join(message["content"] for message in text)
-            ids = plain_ids(text, tokenizer)
-        # One beginning-of-sequence token may be in the text, and one more come from the tokenizer.
-        if len(ids) > 1 and ids[0] == ids[1] == tokenizer.bos_token_id:
-            ids = ids[1:]
-        if len(ids) <= max_tokens:
-            prompts.append(Prompt(len(prompts), text, answer, tuple(ids), *(more or [answer])))
+            texts = [plain_text(text, instruction) for text in texts]
+            found = ids_of(texts, tokenizer)
+        for text, ids, (_, answer, *more) in zip(texts, found, some, strict=True):
+            # One beginning-of-sequence token may be in the text, and one more come from the tokenizer.
+            if len(ids) > 1 and ids[0] == ids[1] == tokenizer.bos_token_id:
+                ids = ids[1:]
+            if not ids:
+                raise ValueError(f"the model knows no sign of {str(text)[:60]!r}; give another --model")
+            if len(ids) <= max_tokens:
+                prompts.append(Prompt(len(prompts), text, answer, tuple(ids), *(more or [answer])))
     return prompts, len(pairs) - len(prompts)
+
+
+def check_ids(prompts: list[Prompt], vocabulary: int) -> None:
+    """ValueError for a token that the model, which knows `vocabulary` of them, has no weights for."""
+    for prompt in prompts:
+        if max(prompt.ids) >= vocabulary:
+            raise ValueError(
+                f"the tokenizer makes token {max(prompt.ids)} of {str(prompt.text)[:60]!r}, and the model has "
+                f"{vocabulary}; give a model with its own tokenizer"
+            )
 
 
 def instructed(text: str, instruction: str) -> str:
@@ -620,9 +678,34 @@ def as_messages(text: str | list[dict], instruction: str = "auto") -> list[dict]
     return [{"role": "user", "content": instructed(text, instruction)}]
 
 
-def plain_ids(text: str, tokenizer) -> list[int]:
+def plain_text(text: str | list[dict], instruction: str) -> str:
+    """What is read where there is no chat template."""
+    if isinstance(text, list):
+        return "\n".join(message["content"] for message in text)
+    return text if instruction == "auto" else instructed(text, instruction)
+
+
+def render(chats: list[list[dict]], tokenizer, options: dict) -> list[str]:
+    """What the model's chat template makes of each chat. ValueError, in one line, where it fails."""
+    rendered = []
     try:
-        return tokenizer(text)["input_ids"]
+        with limits.within(limits.SECONDS):
+            for chat in chats:
+                rendered.append(tokenizer.apply_chat_template(chat, **options))
+                if len(rendered[-1]) > LONGEST_TEXT + length(chat):
+                    raise ValueError(f"it adds {len(rendered[-1]):,} characters")
+    except (Exception, limits.TookTooLong) as error:  # it is the model's code
+        what = f"{type(error).__name__}: {one_line(error)}"
+        raise ValueError(f"the model's chat template fails on a problem ({what}); mend it, or --model") from error
+    return rendered
+
+
+def ids_of(texts: list[str], tokenizer, **options) -> list[list[int]]:
+    """Token ids of each text. ValueError, in one line, names one that cannot be read."""
+    try:
+        return tokenizer(texts, **options)["input_ids"]
     except Exception as error:  # tokenizers knows no kinds
-        what = f"the tokenizer cannot read {text[:60]!r} ({error})"
+        if len(texts) > 1:
+            return [ids_of([text], tokenizer, **options)[0] for text in texts]
+        what = f"the tokenizer cannot read {texts[0][:60]!r} ({one_line(error)})"
         raise ValueError(f"{what}; the embedded model knows sums only: give --model") from error

@@ -4,9 +4,9 @@ from support import ranks
 from tasks import benchmarks, data, own, tiny
 
 
-def load_prompts(cfg, tokenizer) -> tuple[list[data.Prompt], list[data.Prompt]]:
-    """Training and held-out prompts; the first rank prints what was left out. ValueError or OSError in one
-    line."""
+def load_prompts(cfg, tokenizer, model=None) -> tuple[list[data.Prompt], list[data.Prompt]]:
+    """Training and held-out prompts, all of whose tokens the `model` knows; the first rank prints what was left out.
+    ValueError or OSError in one line."""
     notes = []
     instruction = cfg.instruction
     scorers = [own.Scorer(name) for name in {cfg.reward: 0, cfg.judge: 0} if own.is_own(name)]
@@ -33,6 +33,8 @@ def load_prompts(cfg, tokenizer) -> tuple[list[data.Prompt], list[data.Prompt]]:
     limits = (tokenizer, cfg.max_prompt_tokens, thinking, instruction)
     prompts, skipped = data.encode(pairs, *limits)
     held_out, _ = data.encode(held_out if cfg.eval_every else [], *limits)
+    if model:
+        data.check_ids(prompts + held_out, model.get_input_embeddings().num_embeddings)
     for scorer in scorers:
         scorer.check(prompts + held_out)
     if skipped:
@@ -52,8 +54,7 @@ def clean_pairs(cfg, keep: str = "") -> tuple[list[data.Pair], str]:
     names = benchmarks.BENCHMARKS
     if cfg.keep_overlap or data.is_file(cfg.data):
         names = ()
-    tests, missing = data.evaluation_problems(names, benchmark_texts)
-    return data.clean(cfg, tests, missing, keep)
+    return data.clean(cfg, lambda: data.evaluation_problems(names, benchmark_texts), keep)
 
 
 def benchmark_texts(name: str) -> list:

@@ -1,8 +1,10 @@
 """From the command line to a configuration: flags, bounds of numbers, and a user's own classes."""
 
 import dataclasses
+import json
 import math
 import re
+import signal
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -534,14 +536,21 @@ def test_a_mistake_is_one_line_and_other_errors_pass(capsys):
     assert capsys.readouterr().err == ""
 
 
-@pytest.mark.parametrize(
-    ("rank", "all_ranks", "said"), [("0", False, 1), ("1", False, 0), ("0", True, 1), ("1", True, 1)]
-)
-def test_what_is_wrong_everywhere_is_said_once_and_what_is_wrong_somewhere_there(
-    monkeypatch, capsys, rank, all_ranks, said
-):
+@pytest.mark.parametrize(("rank", "all_ranks"), [("0", False), ("1", False), ("0", True), ("1", True)])
+def test_what_is_wrong_everywhere_is_said_first_by_the_first_rank(monkeypatch, capsys, tmp_path, rank, all_ranks):
     monkeypatch.setenv("RANK", rank)
-    monkeypatch.setattr(config.time, "sleep", lambda seconds: None)  # the others let the rank that speaks leave first
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "error.json"))
+    waited = []
+    monkeypatch.setattr(config.time, "sleep", waited.append)
     with pytest.raises(SystemExit) as stop, config.exits(1, ValueError, all_ranks=all_ranks):
         raise ValueError("this is wrong")
-    assert stop.value.code == 1 and capsys.readouterr().err.count("error: this is wrong") == said
+    assert stop.value.code == 1 and capsys.readouterr().err == "error: this is wrong\n"
+    assert waited == ([config.ALONE] if rank == "1" and not all_ranks else [])  # long enough for torchrun to end it
+    assert json.loads((tmp_path / "error.json").read_text())["message"] == "error: this is wrong"
+
+
+@pytest.mark.parametrize("signals", [(), (signal.SIGTERM,)])
+def test_control_c_is_one_line(capsys, signals):
+    with pytest.raises(SystemExit) as stop, config.exits(2, ValueError):
+        raise KeyboardInterrupt(*signals)
+    assert stop.value.code == (143 if signals else 130) and capsys.readouterr().err == "stopped at once\n"

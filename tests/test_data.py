@@ -1,9 +1,11 @@
 """Prompts: the embedded task, local files, known data sets in their own shapes, and every way to be wrong."""
 
 import json
+import os
 import random
 import time
 from collections import Counter
+from pathlib import Path
 from types import SimpleNamespace
 
 import datasets
@@ -11,7 +13,9 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
+from support import limits
 from tasks import data, tiny
+from tasks import prompts as prompts_of
 
 
 def test_embedded_task_is_right_and_without_repeats():
@@ -117,6 +121,27 @@ def test_parquet_without_rows_or_with_a_column_twice(tmp_path):
     parquet.write_table(pyarrow.table(columns, names=["problem", "answer", "answer"]), path)
     with pytest.raises(ValueError, match="a.parquet has several columns 'answer'; give each its own name"):
         data.read_rows(path)
+
+
+def test_a_file_that_unpacks_to_more_than_is_read_is_refused_before_it_does(tmp_path, monkeypatch):
+    path = str(tmp_path / "a.parquet")
+    columns = [pyarrow.array(["1+1="] * 30_000), pyarrow.array(["2"] * 30_000)]
+    parquet.write_table(pyarrow.table(columns, names=["problem", "answer"]), path)
+    assert len(data.read_rows(path)) == 30_000
+    monkeypatch.setattr(data, "MOST_ROWS", 20_000)
+    with pytest.raises(ValueError, match="a.parquet has 30,000 rows, of which at most 20,000 are read"):
+        data.read_rows(path)
+
+    # few rows, each of which is a megabyte, in a file of a few kilobytes
+    parquet.write_table(pyarrow.table([pyarrow.array(["x" * 1_000_000] * 200)], names=["problem"]), path)
+    assert Path(path).stat().st_size < 100_000
+    monkeypatch.setattr(data, "LARGEST", 1 << 27)
+    with pytest.raises(ValueError, match="a.parquet is of more than 0 GiB, which is not read"):
+        data.read_rows(path)
+    (tmp_path / "a.jsonl").touch()
+    os.truncate(tmp_path / "a.jsonl", (1 << 27) + 1)
+    with pytest.raises(ValueError, match="a.jsonl is of more than 0 GiB"):
+        data.read_rows(str(tmp_path / "a.jsonl"))
 
 
 def test_a_text_beyond_all_bounds_is_refused_or_left_out():
@@ -228,7 +253,7 @@ DAPO_AFTER = '\n\nRemember to put your answer on its own line after "Answer:".'
 
 
 def prepared(name: str, evaluation: dict, missing=()) -> tuple[list, str]:
-    return data.clean(Namespace(data=name, difficulty=(0.0, 1.0)), evaluation, missing)
+    return data.clean(Namespace(data=name, difficulty=(0.0, 1.0)), lambda: (evaluation, missing))
 
 
 class Namespace(SimpleNamespace):
@@ -620,6 +645,63 @@ def test_thinking_reaches_templates_that_know_it_and_is_refused_by_others():
             seen(tokenizer, "x", thinking=thinking)
     with pytest.raises(ValueError, match="--thinking.*no chat template"):
         seen(words_tokenizer(), "x", thinking=True)
+
+
+TEMPLATES = {
+    "{{ raise_exception('only one system message') }}": "only one system message",
+    "{{ 1 / 0 }}": "ZeroDivisionError",
+    "{% for m in messages %": "TemplateSyntaxError",
+    "{{ messages[0].content.nothing.more }}": "UndefinedError",
+    "{{ 'x' * 3000000 }}": "it adds 3,000,000 characters",
+    "{% for i in range(90000) %}{% for j in range(90000) %}{% endfor %}{% endfor %}": "more than 1 seconds",
+    "": "the model knows no sign of 'x'",
+}
+
+
+@pytest.mark.parametrize("template", TEMPLATES)
+def test_a_chat_template_that_fails_is_one_line(template, monkeypatch):
+    monkeypatch.setattr(limits, "SECONDS", 1)
+    tokenizer = words_tokenizer()
+    tokenizer.chat_template = template or "{# nothing #}"
+    with pytest.raises(ValueError, match=TEMPLATES[template]) as error:
+        data.encode([("x", "1")], tokenizer, 100)
+    assert "\n" not in str(error.value)
+
+
+def test_prompts_are_the_same_however_many_are_read_at_once(monkeypatch):
+    tokenizer = words_tokenizer(bos=True)
+    pairs = [(word, "1") for word in ("x", "user x", "on", "off on", "x x x")]
+    for template in (None, "<s> " + PLAIN_CHAT):
+        tokenizer.chat_template = template
+        whole, skipped = data.encode(pairs, tokenizer, 60)
+        monkeypatch.setattr(data, "AT_ONCE", 2)
+        assert data.encode(pairs, tokenizer, 60) == (whole, skipped) and len(whole) == 5 and skipped == 0
+        singly = [data.encode([pair], tokenizer, 60)[0][0].ids for pair in pairs]
+        assert [prompt.ids for prompt in whole] == singly
+        monkeypatch.undo()
+
+
+def test_a_problem_that_cannot_be_read_is_named_among_many():
+    with pytest.raises(ValueError, match="the tokenizer cannot read 'What is it"):
+        data.encode([("1+1=", "2"), ("What is it?", "3"), ("2+2=", "4")], tiny.make_tokenizer(), 100)
+
+
+def test_tokens_that_the_model_does_not_know_are_refused():
+    prompts, _ = data.encode([("1+1=", "2")], tiny.make_tokenizer(), 100)
+    data.check_ids(prompts, 15)
+    with pytest.raises(ValueError, match="makes token 14 of '1.1=', and the model has 14"):
+        data.check_ids(prompts, 14)
+
+
+def test_data_that_is_not_there_is_met_before_benchmarks_are_asked_for(monkeypatch):
+    def asked(*_):
+        raise AssertionError("it asked")
+
+    monkeypatch.setattr(data, "evaluation_problems", asked)
+    cfg = Namespace(data="nosuch", difficulty=(0.0, 1.0), keep_overlap=False, data_options="")
+    cfg.problem_column = cfg.answer_column = None
+    with pytest.raises(ValueError, match="no data 'nosuch'"):
+        prompts_of.clean_pairs(cfg)
 
 
 @pytest.mark.parametrize("bos", [True, False])

@@ -189,8 +189,8 @@ class Characters:
 
     chat_template = bos_token_id = None
 
-    def __call__(self, text):
-        return {"input_ids": [ord(letter) for letter in text]}
+    def __call__(self, texts):
+        return {"input_ids": [[ord(letter) for letter in text] for text in texts]}
 
     def decode(self, tokens, skip_special_tokens):
         return "".join(map(chr, tokens.tolist()))
@@ -228,6 +228,7 @@ def respond(prompt, sample: int) -> str:
 def script(monkeypatch):
     engine = Script(respond)
     model = torch.nn.Linear(300, 2)
+    model.get_input_embeddings = lambda: torch.nn.Embedding(300, 1)
     monkeypatch.setattr(eval, "load_model", lambda path, **_: (model, Characters(), [0]))
     monkeypatch.setattr(eval, "make_engine", lambda kind, model, path, stop_ids, cfg: engine)
     monkeypatch.setitem(reward.REWARDS, "math", exact)

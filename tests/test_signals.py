@@ -13,6 +13,15 @@ from support import limits, ranks
 SECONDS = 30  # after which a child gives up
 
 
+@pytest.fixture(autouse=True)
+def handlers_are_put_back():
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    before = [signal.getsignal(number) for number in numbers]
+    yield
+    for number, handler in zip(numbers, before, strict=True):
+        signal.signal(number, handler)
+
+
 def child(saved: Path, ignored: bool) -> None:
     """A run in a process forked from this one. It writes down which signal it has had."""
     status = 1
@@ -68,6 +77,20 @@ def test_nohup_is_respected(tmp_path):
     os.kill(process, signal.SIGTERM)
     assert end(process) == 0 and (tmp_path / "saved").read_text() == str(int(signal.SIGTERM))
     os.close(terminal)
+
+
+def test_a_second_signal_is_for_those_in_a_hurry(capsys):
+    stop = ranks.Stop()
+    stop.note(signal.SIGTERM, None)
+    with pytest.raises(KeyboardInterrupt) as error:
+        stop.note(signal.SIGTERM, None)
+    assert error.value.args == (signal.SIGTERM,) and "once more" in capsys.readouterr().err
+
+
+def test_of_several_ranks_it_is_said_how_long_torchrun_waits(monkeypatch, capsys):
+    monkeypatch.setattr(ranks, "WORLD", 2)
+    ranks.Stop().note(signal.SIGTERM, None)
+    assert "torchrun waits 30 s for it, or --shutdown-timeout" in capsys.readouterr().err
 
 
 # ---------------------------------------------------------------- limits of time

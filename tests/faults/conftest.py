@@ -25,8 +25,10 @@ def embedded_model():
 def seed(request) -> int:
     given = request.config.getoption("--fault-seed")
     if given is None:
-        given = request.config.fault_seed = int(time.time()) % 1_000_000
-    return given
+        # xdist gives all of its workers one number
+        shared = getattr(request.config, "workerinput", {}).get("testrunuid")
+        given = int(shared, 16) if shared else int(time.time())
+    return given % 1_000_000
 
 
 @pytest.fixture
@@ -42,8 +44,9 @@ def times(request) -> int:
 
 
 @pytest.fixture
-def count(record_property):
+def count(record_property, seed):
     """Notes that a fault was tried, and whether it was held; the test goes on, and fails at its end."""
+    record_property("fault-seed", seed)
     failures = []
 
     def note(kind: str, held: bool, what: str = "") -> None:
@@ -55,8 +58,9 @@ def count(record_property):
     assert not failures, "\n\n".join(failures)
 
 
-def pytest_terminal_summary(terminalreporter, config):
+def pytest_terminal_summary(terminalreporter):
     tried: dict[str, list[bool]] = {}
+    seeds = set()
     for reports in terminalreporter.stats.values():
         for report in reports:
             if getattr(report, "when", "") != "teardown":  # the last report has all that was noted
@@ -64,11 +68,12 @@ def pytest_terminal_summary(terminalreporter, config):
             for name, value in report.user_properties:
                 if name == "fault":
                     tried.setdefault(value[0], []).append(value[1])
+                if name == "fault-seed":
+                    seeds.add(value)
     if not tried:
         return
     terminalreporter.section("faults")
-    given = config.getoption("--fault-seed") or getattr(config, "fault_seed", None)
-    terminalreporter.line(f"--fault-seed {given}")
+    terminalreporter.line(f"--fault-seed {' '.join(map(str, seeds))}")
     terminalreporter.line(f"{'':50} tried  held")
     for kind, held in sorted(tried.items()):
         terminalreporter.line(f"{kind:50} {len(held):5} {sum(held):5}")

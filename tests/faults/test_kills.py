@@ -1,5 +1,6 @@
 """SIGKILL at any moment: after `--resume` no figure, no answer and no weight is another than without it."""
 
+import signal
 import time
 
 import pytest
@@ -74,6 +75,40 @@ def test_at_random_moments(method, whole, rng, times, count, tmp_path):
         if fell:
             where = f"{method}, step {step} + {moment:.3f} s"
             count("SIGKILL of train.py at a random moment", found == expected, where)
+
+
+def test_a_stop(whole, rng, times, count, tmp_path):
+    """SIGTERM lets the step finish and saves."""
+    for i in range(times):
+        method = rng.choice(METHODS)
+        step = rng.randrange(1, 8)
+        folder = tmp_path / f"run{i}"
+        child = start(folder, "--replay", method, *STEPS)
+        fell = wait_until(lambda step=step, folder=folder: steps_of(folder) >= step, child)
+        child.signal(signal.SIGTERM)
+        end = child.end()
+        if fell:
+            saved = (folder / "checkpoints" / f"step-{steps_of(folder):08d}").exists()
+            again = run(folder, "--replay", method, *STEPS, "--resume")
+            held = end.code in (0, 143) and saved and again.code == 0 and left_behind(folder) == whole(method)
+            count("SIGTERM at a random step: saved, and exactly on", held, f"{method}, {step}: {end.text}{again.text}")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_stop_in_the_opening_evaluation(number, count, tmp_path):
+    """There is nothing to save yet, and a long evaluation is not waited for."""
+    folder = tmp_path / "run"
+    child = start(folder, *STEPS, "--eval-prompts", "400", "--eval-samples", "4000")
+    wait_until(lambda: (folder / "config.json").exists(), child)
+    time.sleep(0.5)
+    child.signal(number)
+    end = child.end(seconds=20)
+    gone = end.code == (-number if number == signal.SIGTERM else 130) and "Traceback" not in end.text
+    count("a stop in the opening evaluation: at once", gone, f"{end.code} {end.text}")
+    again = run(folder, *STEPS, "--resume", "--eval-prompts", "6", "--eval-samples", "1")
+    refused = again.code == 2 and again.one_line  # for its settings: the folder is a run's, and not lost
+    begun = run(folder, *STEPS, "--resume", "--eval-prompts", "400", "--eval-samples", "1")
+    count("a stop in the opening evaluation: it begins anew", refused or begun.code == 0, again.text + begun.text)
 
 
 def partial(folder):

@@ -14,7 +14,6 @@ import select
 import signal
 import stat
 import sys
-from collections.abc import Iterable
 from datetime import timedelta
 
 import torch
@@ -96,11 +95,6 @@ def largest(value: float) -> float:
     if WORLD > 1:
         dist.all_reduce(most, dist.ReduceOp.MAX)
     return most.item()
-
-
-def bar(items: Iterable, what: str, total: int | None = None) -> Iterable:
-    """`items`, with a bar on rank 0 where there is a terminal, once they have taken two seconds."""
-    return tqdm(items, what, total, delay=2, leave=False, disable=None if is_main() else True)
 
 
 def agree(value) -> bool:

@@ -1,8 +1,18 @@
-"""Reading back the JSON lines that a run or an evaluation has written, whatever has ended it."""
+"""Reading rows: with a bar where there are many, and those that a run has written, whatever has ended it."""
 
 import json
+import os
 import sys
+from collections.abc import Iterable
 from pathlib import Path
+
+from tqdm import tqdm
+
+
+def bar(items: Iterable, what: str, total: int | None = None) -> Iterable:
+    """`items`, with a bar on rank 0 where there is a terminal, once they have taken two seconds."""
+    disable = None if os.environ.get("RANK", "0") == "0" else True
+    return tqdm(items, what, total, delay=2, leave=False, disable=disable)
 
 
 def read_rows(path: Path, needed: dict[str, type]) -> list[tuple[bytes, dict]]:

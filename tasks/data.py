@@ -30,8 +30,9 @@ from decimal import Decimal
 from fractions import Fraction
 from pathlib import Path
 
-from support import limits, ranks
+from support import limits
 from support.config import meant
+from support.rows import bar
 from tasks.answers import LONGEST, matching_braces, spell_out
 
 KINDS = (".jsonl", ".json", ".parquet", ".csv")
@@ -164,7 +165,7 @@ def read_parquet(path: str) -> list[dict]:
         check_size(path, rows=file.metadata.num_rows)
         # In parts: a file of a few kilobytes may unpack to more than the memory holds.
         batches = file.iter_batches(batch_size=AT_ONCE)
-        for batch in ranks.bar(batches, f"reading {path}", math.ceil(file.metadata.num_rows / AT_ONCE)):
+        for batch in bar(batches, f"reading {path}", math.ceil(file.metadata.num_rows / AT_ONCE)):
             size += batch.nbytes
             check_size(path, size=size)
             rows += batch.to_pylist()
@@ -193,7 +194,7 @@ def read_json(path: str, text: str) -> list:
         return parse_json(text, path)
     rows = []
     lines = text.split("\n")  # not splitlines, which cuts at other characters too
-    for n, line in enumerate(ranks.bar(lines, f"reading {path}"), 1):
+    for n, line in enumerate(bar(lines, f"reading {path}"), 1):
         if line.strip():
             rows.append(parse_json(line, f"{path} line {n}"))
     return rows
@@ -558,7 +559,7 @@ def clean(cfg, find_evaluation: Callable, keep: str = "") -> tuple[list[Pair], s
 
     # The first of several problems that are the same is kept.
     kept: dict[str, Pair] = {}
-    for pair in ranks.bar(pairs, "comparing problems"):
+    for pair in bar(pairs, "comparing problems"):
         problem, answer = pair[:2]
         key = normal(problem)
         if key in places:
@@ -635,7 +636,7 @@ def encode(
         options["enable_thinking"] = thinking
 
     prompts: list[Prompt] = []
-    for start in ranks.bar(range(0, len(pairs), AT_ONCE), f"reading prompts, {AT_ONCE} at once"):
+    for start in bar(range(0, len(pairs), AT_ONCE), f"reading prompts, {AT_ONCE} at once"):
         some = pairs[start : start + AT_ONCE]
         texts = [pair[0] for pair in some]
         if template:

@@ -84,9 +84,8 @@ def test_a_pattern_takes_linear_time(file, pattern, called):
     assert seconds < SECONDS, f"{seconds} s of {text}"
 
 
-@pytest.mark.parametrize("pattern", [r"a*b", r"1.*\{"])
-def test_what_is_not_linear_is_noticed(pattern):
-    assert slowest(pattern, "sub", USUAL)[0] > SECONDS
+def test_what_is_not_linear_is_noticed():
+    assert slowest("a*b", "sub", USUAL)[0] > SECONDS
 
 
 def test_patterns_of_all_parts_are_found():

@@ -6,10 +6,12 @@
     python -m lab.compare --methods none prompt --lrs 1e-4 5e-4 2e-3     each rate, and the best for each method
     python -m lab.compare out/run1 out/run2 ...                          runs that are there already
     python -m lab.compare out/mine docs/reference/prompt                 a run of one's own against a reference run
+    python -m lab.compare --methods none prompt --keep runs.jsonl        a campaign over many sessions
 
 Runs of one seed share initial model, prompt order, sampling noise of equal answers, and evaluation. The first method
 is the baseline (of given folders: plain GRPO). Everything is read from the runs' config.json and metrics.jsonl; a
-finished run is not run again.
+finished run is not run again. With --keep each finished run is also a line of a file, some kB long, and what is there
+is not run again either, though its folder be gone. Whole seeds are finished first.
 
 The arms share one objective: advantage, clip_high, dual_clip and normaliser are the baseline's, unless they are
 given after -- or by an arm itself. With --as-in-papers each method brings its own. Every setting in which arms
@@ -44,6 +46,7 @@ import reward
 from lab import figures
 from lab.figures import COSTS
 from support import checkpoint, config, log, plot, stats
+from support.rows import read_rows
 from tasks import tiny
 
 LEVELS = (0.4, 0.5, 0.6, 0.7)
@@ -77,6 +80,8 @@ class Flags:
     seeds: int = 12  # matched seeds
     first_seed: int = 0  # the first of them
     budget_rollouts: int = 40_000  # answers a run may generate
+    keep: str = ""  # a file that finished runs are added to, and read from
+    cpu_seconds: bool = False  # seconds are the processor's, not the clock's: for a busy machine without a GPU
     jobs: int = field(default_factory=lambda: os.cpu_count() or 1)  # runs side by side; default: one a CPU
     out: str = str(config.OUT / "compare")  # folder of runs and results
 
@@ -125,7 +130,7 @@ def read_run(folder: Path) -> dict:
     if len(points) < 2:
         raise ValueError(f"{folder} has no evaluations to compare; run it with --eval-every above 0")
 
-    health = rows[HEALTH].mean().to_dict() | {"distinct_prompts": rows["distinct_prompts"].iloc[-1]}
+    health = rows[HEALTH].mean().to_dict() | {"distinct_prompts": int(rows["distinct_prompts"].iloc[-1])}
     load = folder / "load.json"
     return {
         "method": settings["replay"],
@@ -281,6 +286,7 @@ def load_of(runs: list[dict]) -> dict:
     if loads.empty:
         return {"runs": 0}
     found = loads[["start", "end"]].mean().to_dict() | {"runs": len(loads), "cores": os.cpu_count()}
+    found["in_cpu_seconds"] = all(run["load"].get("in_cpu_seconds") for run in runs if run["load"])
     if "cpu_seconds" in loads and loads["cpu_seconds"].notna().all():
         found["cpu_seconds"] = float(loads["cpu_seconds"].sum())
     return found
@@ -310,25 +316,67 @@ def choose_rates(by_lr: dict[str, list[dict]], methods: list[str]) -> tuple[list
 # ---------------------------------------------------------------- running
 
 
-def is_complete(folder: Path, flags: list[str]) -> bool:
-    """ValueError if what is finished there is another run than `flags` ask for."""
-    if not (folder / "curves.png").exists():
-        return False
+class Kept:
+    """Finished runs in one file, by their folders' names below `out`: as `read_run` has them, and the mean of every
+    figure of a run's steps. Without a path there are none."""
+
+    def __init__(self, path: str = "", out: str = ""):
+        self.path = Path(path) if path else None
+        self.out = out
+        self.runs = {}
+        if self.path and self.path.exists():
+            for _, row in read_rows(self.path, {"folder": str, "config": dict, "points": dict}):
+                self.runs[row["folder"]] = row
+
+    def name(self, folder: Path) -> str:
+        return folder.relative_to(self.out).as_posix()
+
+    def add(self, folder: Path) -> None:
+        if self.path is None or self.name(folder) in self.runs:
+            return
+        run = read_run(folder)
+        means = pd.DataFrame(plot.read(folder / "metrics.jsonl")).mean(numeric_only=True).to_dict()
+        points = run["points"].round(4).to_dict("list")
+        row = {"folder": self.name(folder)} | run | {"points": points, "means": stats.rounded(means)}
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.runs[row["folder"]] = row
+        log.write_aside(self.path, "".join(json.dumps(kept) + "\n" for kept in self.runs.values()))
+
+    def read(self, folder: Path) -> dict:
+        """A run that is kept, or else that of `folder`."""
+        if self.path is None or self.name(folder) not in self.runs:
+            return read_run(folder)
+        row = self.runs[self.name(folder)]
+        return row | {"points": pd.DataFrame(row["points"])}
+
+
+def is_complete(folder: Path, flags: list[str], kept: Kept) -> bool:
+    """Whether this run is finished, here or among `kept`. ValueError if what is finished is another run than `flags`
+    ask for."""
+    if kept.path and kept.name(folder) in kept.runs:
+        check_same(kept.runs[kept.name(folder)]["config"], flags, f"{kept.path}, {kept.name(folder)},")
+        return True
+    if (folder / "curves.png").exists():
+        check_same(json.loads((folder / "config.json").read_text()), flags, str(folder))
+        return True
+    return False
+
+
+def check_same(there: dict, flags: list[str], place: str) -> None:
+    """ValueError if a run with the settings `there` is another one than `flags` ask for."""
     cfg, given = settings_of(flags)
     asked = json.loads(json.dumps(vars(cfg)))  # tuples become lists, as in the file
-    there = json.loads((folder / "config.json").read_text())
     changed = []
     for name in {*given, *there.get("given", [])} - {"out", "resume"}:
         if there.get(name) != asked.get(name):
             changed.append(f"--{name.replace('_', '-')} {there.get(name)}, not {asked.get(name)}")
     if changed:
-        raise ValueError(f"{folder} holds a run with {'; '.join(changed)}; give another --out, or remove that folder")
-    return True
+        raise ValueError(f"{place} holds a run with {'; '.join(changed)}; give another --out, or remove that run")
 
 
-def one_run(folder: Path, flags: list[str]) -> None:
-    """In a process of its own, with its console in log.txt. load.json has the machine's load before and after, and the
-    CPU seconds, those before an interruption included."""
+def one_run(folder: Path, flags: list[str], cpu_seconds: bool) -> None:
+    """In a process of its own, with its console in log.txt. load.json has the machine's load before and after, the CPU
+    seconds, those before an interruption included, and whether the run's own seconds are such."""
     os.setsid()  # Ctrl-C is for the parent, which ends its runs once; twice would be at once, with nothing saved
     threading.Thread(target=leave_with_parent, daemon=True).start()
     with open(folder / "log.txt", "w") as console:
@@ -336,9 +384,11 @@ def one_run(folder: Path, flags: list[str]) -> None:
         os.dup2(console.fileno(), 2)
     import train
 
+    if cpu_seconds:
+        train.perf_counter = time.process_time
     file = folder / "load.json"
     before = json.loads(file.read_text()).get("cpu_seconds", 0.0) if file.exists() else 0.0
-    load = {"start": os.getloadavg()[0]}
+    load = {"start": os.getloadavg()[0], "in_cpu_seconds": cpu_seconds}
     code = train.main(["--out", str(folder), *flags])
     load["end"] = os.getloadavg()[0]
     load["cpu_seconds"] = before + time.process_time()
@@ -352,7 +402,7 @@ def leave_with_parent() -> None:
     os.kill(os.getpid(), signal.SIGTERM)
 
 
-def start_run(processes, folder: Path, flags: list[str]):
+def start_run(processes, folder: Path, flags: list[str], cpu_seconds: bool):
     """Begins a run, or goes on with one that was interrupted. Returns its process."""
     folder.mkdir(parents=True, exist_ok=True)
     taken = checkpoint.in_use(folder)
@@ -360,14 +410,20 @@ def start_run(processes, folder: Path, flags: list[str]):
         raise ValueError(taken)
     if checkpoint.is_run(folder):
         flags = [*flags, "--resume"]  # without a checkpoint it begins anew
-    process = processes.Process(target=one_run, args=(folder, flags))
+    process = processes.Process(target=one_run, args=(folder, flags, cpu_seconds))
     process.start()
     return process
 
 
-def run_all(jobs: list[tuple[Path, list[str]]], at_once: int) -> None:
+def run_all(jobs: list[tuple[Path, list[str]]], at_once: int, kept: Kept | None = None, cpu_seconds=False) -> None:
     """Trains what is not there yet, `at_once` side by side, one thread each. A failure ends the comparison."""
-    waiting = [job for job in jobs if not is_complete(*job)]
+    kept = kept or Kept()
+    waiting = []
+    for folder, flags in jobs:
+        if is_complete(folder, flags, kept):
+            kept.add(folder)
+        else:
+            waiting.append((folder, flags))
     configs = [settings_of(flags)[0] for _, flags in waiting]
     for cfg in configs:  # a mistake is met before the first run begins
         check_run(cfg)
@@ -387,7 +443,7 @@ def run_all(jobs: list[tuple[Path, list[str]]], at_once: int) -> None:
             while waiting or running:
                 while waiting and len(running) < at_once:
                     folder, flags = waiting.pop(0)
-                    running[folder] = start_run(processes, folder, flags)
+                    running[folder] = start_run(processes, folder, flags, cpu_seconds)
                 multiprocessing.connection.wait([process.sentinel for process in running.values()])
                 for folder in [folder for folder, process in running.items() if process.exitcode is not None]:
                     process = running.pop(folder)
@@ -395,6 +451,7 @@ def run_all(jobs: list[tuple[Path, list[str]]], at_once: int) -> None:
                     if process.exitcode:
                         last = (folder / "log.txt").read_text().strip().splitlines()[-1:]
                         raise ValueError(f"the run in {folder} failed: {' '.join(last)}")
+                    kept.add(folder)
         finally:
             for process in running.values():
                 process.terminate()  # they save and leave; the same command may be given again at once
@@ -441,26 +498,24 @@ def run_or_read(flags: Flags, arms: dict[str, list[str]], extra: list[str]) -> d
         return {"": named_apart([read_run(Path(folder)) for folder in flags.runs], flags.runs)}
     if min(flags.seeds, flags.jobs, flags.budget_rollouts) < 1:
         raise ValueError("--seeds, --jobs and --budget-rollouts must be at least 1")
-    if flags.seeds < 4 and flags.lrs:
-        raise ValueError(f"--lrs chooses on half of the seeds and judges on the other: at least 4, got {flags.seeds}")
 
     # what stands later wins: an arm's own flags over the objective of all
     shared = ["--steps", "1000000", "--max-rollouts", str(flags.budget_rollouts), "--save-every", "100", *extra]
     if not flags.as_in_papers:
         shared += equal_objective(arms, extra)
     jobs = []
-    folders = {}
-    for lr in flags.lrs or ("",):
-        place = Path(flags.out) / f"lr-{lr}" if lr else Path(flags.out)
-        rate = ["--lr", lr] if lr else []
-        folders[lr] = []
-        for seed in range(flags.first_seed, flags.first_seed + flags.seeds):
+    folders = {lr: [] for lr in flags.lrs or ("",)}
+    for seed in range(flags.first_seed, flags.first_seed + flags.seeds):
+        for lr in folders:
+            place = Path(flags.out) / f"lr-{lr}" if lr else Path(flags.out)
+            rate = ["--lr", lr] if lr else []
             for method, own in arms.items():
                 folder = place / f"{method}-s{seed}"
                 folders[lr].append((method, folder))
                 jobs.append((folder, [*shared, *rate, *own, "--seed", str(seed)]))
-    run_all(jobs, flags.jobs)
-    return {lr: [read_run(folder) | {"method": method} for method, folder in some] for lr, some in folders.items()}
+    kept = Kept(flags.keep, flags.out)
+    run_all(jobs, flags.jobs, kept, flags.cpu_seconds)
+    return {lr: [kept.read(folder) | {"method": method} for method, folder in some] for lr, some in folders.items()}
 
 
 def named_apart(runs: list[dict], folders: tuple[str, ...]) -> list[dict]:
@@ -513,10 +568,13 @@ def compare(flags: Flags, extra: list[str], command: str) -> None:
         if lr:
             print(f"learning rate {lr} for all\n")
         results[f"lr {lr}"] = write_results(out, f"lr-{lr}" if lr else "results", runs, methods, command)
-    if len(flags.lrs) > 1:
+    if len(flags.lrs) > 1 and flags.seeds < 4:
+        print("no rate is tuned: that is chosen on half of the seeds and judged on the other, and needs at least 4")
+    elif len(flags.lrs) > 1:
         chosen, rates = choose_rates(by_lr, methods)
         print(f"learning rate tuned for each method (for even and for odd seeds, on the others): {rates}\n")
         results["tuned"] = write_results(out, "tuned", chosen, methods, command, rates=rates)
+    if len(flags.lrs) > 1:
         write_overview(out, results)
 
 

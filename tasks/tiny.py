@@ -20,11 +20,13 @@ What one prompt teaches about others decides whether replay pays (lab/LOG.md), s
 
 import argparse
 import fcntl
+import functools
 import json
 import math
 import random
 import shutil
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 from tqdm import tqdm
@@ -75,12 +77,12 @@ def arithmetic(count: int, seed: int = 0) -> list[data.Pair]:
     raise ValueError(f"the embedded task has no {count} different problems of these sizes; ask for fewer")
 
 
-def make_tokenizer():
+def make_tokenizer(alphabet: str = ALPHABET):
     """One token a character, padded on the left, as the rollout engines want it."""
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    vocabulary = {token: i for i, token in enumerate(["<pad>", "<eos>", *ALPHABET])}
+    vocabulary = {token: i for i, token in enumerate(["<pad>", "<eos>", *alphabet])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
     tokenizer.decoder = decoders.Fuse()
@@ -89,45 +91,48 @@ def make_tokenizer():
     )
 
 
-def make_config():
+def make_config(**changes):
     from transformers import Qwen3Config
 
-    return Qwen3Config(
-        vocab_size=len(ALPHABET) + 2,
-        hidden_size=128,
-        intermediate_size=256,
-        num_hidden_layers=2,
-        num_attention_heads=8,
-        num_key_value_heads=2,
-        head_dim=32,  # the smallest that vLLM knows
-        max_position_embeddings=64,
-        rope_parameters={"rope_type": "default", "rope_theta": 20.0},  # 10,000 cannot tell places this close apart
-        tie_word_embeddings=True,
-        initializer_range=0.05,
-        pad_token_id=0,
-        eos_token_id=1,
-        bos_token_id=None,
-    )
+    settings = {
+        "vocab_size": len(ALPHABET) + 2,
+        "hidden_size": 128,
+        "intermediate_size": 256,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 2,
+        "head_dim": 32,  # the smallest that vLLM knows
+        "max_position_embeddings": 64,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 20.0},  # 10,000 cannot tell places this close apart
+        "tie_word_embeddings": True,
+        "initializer_range": 0.05,
+        "pad_token_id": 0,
+        "eos_token_id": 1,
+        "bos_token_id": None,
+    }
+    return Qwen3Config(**settings | changes)
 
 
-def make_model(seed: int):
+def make_model(seed: int, **changes):
+    """Of random weights. changes: of its configuration."""
     import torch
     from transformers import Qwen3ForCausalLM
 
     torch.manual_seed(seed)
-    return Qwen3ForCausalLM(make_config())
+    return Qwen3ForCausalLM(make_config(**changes))
 
 
 class Pupil:
-    """Knows every digit fact, but some of them wrongly, with a fixed error rate and a fixed wrong digit
-    each."""
+    """Knows every digit fact, but some of them wrongly, with a fixed error rate and a fixed wrong digit each.
 
-    def __init__(self, seed: int = 7, by_column: bool = False):
+    errors: error rates, and the share of facts that has each."""
+
+    def __init__(self, seed: int = 7, by_column: bool = False, errors=((0.0, 0.5, 0.9), (0.50, 0.15, 0.35))):
         rng = random.Random(seed)
         self.by_column = by_column
         columns = range(WIDTH if by_column else 1)
         facts = [(op, a, b, c) for c in columns for op in "+-" for a in range(10) for b in range(10)]
-        self.error_rate = {fact: rng.choices((0.0, 0.5, 0.9), (0.50, 0.15, 0.35))[0] for fact in facts}
+        self.error_rate = {fact: rng.choices(*errors)[0] for fact in facts}
         self.shift = {fact: rng.randrange(1, 10) for fact in facts}
         for fact in facts:
             if fact[1:3] == (0, 0):
@@ -217,9 +222,10 @@ def train(model, tokenizer, pupil, seed: int, steps: int, batch: int = 32, lr: f
     for _ in tqdm(range(steps), desc="making the embedded model", unit="step", disable=None):
         questions = pupil.questions(batch, rng.getrandbits(32))
         texts = [question + pupil.answer(question, rng) + eos for question in questions]
-        ids = torch.tensor(tokenizer(texts)["input_ids"])  # [batch, T], all of one length
-        labels = ids.clone()
-        labels[:, : len(questions[0])] = -100
+        # Padding on the right needs no mask: no token looks ahead.
+        ids = tokenizer(texts, padding=True, padding_side="right", return_tensors="pt")["input_ids"]  # [batch, T]
+        labels = ids.masked_fill(ids == tokenizer.pad_token_id, -100)
+        labels[:, : len(questions[0])] = -100  # questions are of one length
         loss = model(input_ids=ids, labels=labels).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -263,8 +269,13 @@ def sharing_of(path: str) -> str:
 
 def make(out: str | Path, seed: int = 0, steps: int = 0, sharing: str = "digits") -> Path:
     """Trains the embedded model into folder `out`, or returns at once if it is there already. steps 0: as
-    STEPS has. A second process that comes while one is at it waits, and takes what that one has made."""
-    out = Path(out)
+    STEPS has."""
+    return make_once(Path(out), functools.partial(taught, seed, steps or STEPS[sharing], sharing))
+
+
+def make_once(out: Path, teach: Callable) -> Path:
+    """Writes the tokenizer and the model that `teach()` returns into folder `out`, unless a model is there already. A
+    second process that comes while one is at it waits, and takes what that one has made."""
     if is_made(out):
         return out
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -278,16 +289,21 @@ def make(out: str | Path, seed: int = 0, steps: int = 0, sharing: str = "digits"
         except OSError:  # of a file system without locks: two at once are unlikely
             pass
         if not is_made(out):
-            write(out, seed, steps or STEPS[sharing], sharing)
+            write(out, *teach())
     return out
 
 
-def write(out: Path, seed: int, steps: int, sharing: str) -> None:
+def taught(seed: int, steps: int, sharing: str) -> tuple:
+    """The tokenizer and the embedded model."""
+    tokenizer, model = make_tokenizer(), make_model(seed)
+    train(model, tokenizer, make_pupil(sharing), seed, steps)
+    return tokenizer, model
+
+
+def write(out: Path, tokenizer, model) -> None:
     from transformers.utils import logging
 
     logging.disable_progress_bar()  # of saving, which takes no time
-    tokenizer, model = make_tokenizer(), make_model(seed)
-    train(model, tokenizer, make_pupil(sharing), seed, steps)
     aside = out.with_name(out.name + ".partial")  # renamed when whole, so that a torn folder is never reused
     shutil.rmtree(aside, ignore_errors=True)
     model.save_pretrained(aside)

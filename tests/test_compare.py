@@ -3,6 +3,8 @@
 import json
 import math
 import shlex
+import shutil
+from pathlib import Path
 
 import pandas as pd
 import pytest
@@ -217,6 +219,60 @@ def test_a_torn_run_is_one_line(tmp_path, capsys):
     (tmp_path / "config.json").write_text('{"replay": "none", "seed": 0}')
     assert code_of(compare.main, [str(tmp_path), "--out", str(tmp_path / "out")]) == 2
     assert "has not every step once; remove the folder" in capsys.readouterr().err
+
+
+def finished(folder: Path, flags: list[str]) -> None:
+    """A run of two steps, as train.py leaves it."""
+    cfg, given = compare.settings_of(flags)
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps(vars(cfg) | {"given": given}))
+    health = {"zero_variance": 0.5, "mean_abs_advantage": 0.2, "replayed": 0.0, "distinct_prompts": 10}
+    with (folder / "metrics.jsonl").open("w") as file:
+        for step in (1, 2):
+            costs = {"rollouts": 8 * step, "tokens": 80 * step, "optimizer_steps": 1, "seconds_total": 0.25}
+            row = {"step": step, "eval_accuracy": 0.1 * step, "pass_rates": [1, 2]} | costs | health
+            file.write(json.dumps(row) + "\n")
+    (folder / "curves.png").touch()
+
+
+def test_a_kept_run_is_not_run_again_though_its_folder_is_gone(tmp_path):
+    out = tmp_path / "out"
+    folder = out / "lr-1e-4" / "none-s0"
+    flags = ["--replay", "none", "--lr", "1e-4", "--seed", "0"]
+    finished(folder, flags)
+    path = tmp_path / "kept" / "runs.jsonl"
+    compare.run_all([(folder, flags)], 1, compare.Kept(str(path), str(out)))
+    compare.run_all([(folder, flags)], 1, compare.Kept(str(path), str(out)))
+    assert path.read_text().count("\n") == 1  # once, however often it is asked for
+
+    here = compare.read_run(folder)
+    shutil.rmtree(out)
+    kept = compare.Kept(str(path), str(out))
+    compare.run_all([(folder, flags)], 1, kept)
+    there = kept.read(folder)
+    pd.testing.assert_frame_equal(there["points"], here["points"], check_dtype=False)
+    assert {name: there[name] for name in ("config", "seed", "health")} == {
+        name: here[name] for name in ("config", "seed", "health")
+    }
+    assert there["means"]["distinct_prompts"] == 10 and not out.exists()
+    with pytest.raises(ValueError, match=r"runs.jsonl, lr-1e-4/none-s0, holds a run with --lr 0.0001, not 0.0002"):
+        compare.run_all([(folder, [*flags, "--lr", "2e-4"])], 1, kept)
+
+
+def test_whole_seeds_are_finished_first_and_few_of_them_tune_nothing(tmp_path, monkeypatch, capsys):
+    asked = []
+
+    def all_done(jobs, at_once, kept, cpu_seconds):
+        for folder, flags in jobs:
+            asked.append(folder.relative_to(tmp_path).as_posix())
+            finished(folder, flags)
+
+    monkeypatch.setattr(compare, "run_all", all_done)
+    command = ["--methods", "none", "prompt", "--lrs", "1e-4", "2e-4", "--seeds", "2", "--out", str(tmp_path)]
+    assert compare.main([*command, "--cpu-seconds"]) == 0
+    assert asked == [f"lr-{lr}/{arm}-s{s}" for s in (0, 1) for lr in ("1e-4", "2e-4") for arm in ("none", "prompt")]
+    assert "needs at least 4" in capsys.readouterr().out
+    assert (tmp_path / "overview.md").exists() and not (tmp_path / "tuned.json").exists()
 
 
 BAD = ["", "--methods none out/run", "/nowhere", "--methods none nonsense --seeds 1", "--methods none --jobs 0"]

@@ -139,9 +139,7 @@ def load_line(load: dict) -> str:
     if load["runs"] == 0:
         return "Equal seconds: the load of the machine during these runs is not known."
     if load.get("in_cpu_seconds"):
-        return (
-            "Equal seconds: the processor's, of one thread, in steps, to which other work on the machine adds little."
-        )
+        return "Equal seconds: the processor's, in steps, to which other work on the machine adds little."
     return (
         f"Equal seconds: the machine's load was {load['start']:.1f} when a run began and {load['end']:.1f} when it "
         f"ended, on {load['cores']} cores (one-minute load averages, means over {load['runs']} runs)."

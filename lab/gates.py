@@ -34,7 +34,7 @@ from lab.second_pass import CELLS, POINTS, RATES, Group, logprob
 from lab.simulate import Policy, Setting
 from replay import Uniform
 from support import log, stats
-from support.config import OUT, parse
+from support.config import OUT, exits, parse
 
 ARMS = ("plain", "twice", "ess 0.999", "ess 0.99", "ess 0.97", "ess 0.9", "norm 1", "norm 0.9", "norm 0.7", "adaptive")
 
@@ -156,12 +156,13 @@ def table(cells: dict[str, dict]) -> str:
     return markdown(["arm", "behind, ahead", "mean, worst", *cells], rows)
 
 
+@exits(2, ValueError, OSError)
 def main(argv: list[str]) -> int:
     flags, _ = parse(Flags, argv, __doc__)
     unknown = [name for name in flags.cells if name not in CELLS] + [name for name in flags.arms if name not in ARMS]
     if unknown or not flags.cells or flags.seeds < 4:
-        print(f"error: --cells: some of {', '.join(CELLS)}; --arms: of {', '.join(ARMS)}; --seeds at least 4")
-        return 2
+        choices = f"--cells: some of {', '.join(CELLS)}; --arms: some of {', '.join(ARMS)}"
+        raise ValueError(f"{choices}; --seeds at least 4, for two halves")
     arms = ["plain", *(arm for arm in flags.arms if arm != "plain")]
     seeds = list(range(flags.first_seed, flags.first_seed + flags.seeds))
     cells = {}

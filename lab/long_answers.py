@@ -25,7 +25,7 @@ from pathlib import Path
 
 import numpy as np
 
-from support.config import OUT, parse
+from support.config import OUT, exits, parse
 from tasks import data, tiny
 
 HOME = OUT / "long-model"
@@ -166,6 +166,7 @@ def properties(folder: Path, count: int, answers: int) -> str:
     )
 
 
+@exits(2, ValueError, OSError)
 def main(argv: list[str]) -> int:
     flags, _ = parse(Flags, argv, __doc__)
     folder = tiny.make_once(Path(flags.out), taught)

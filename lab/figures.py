@@ -25,6 +25,7 @@ from support import costs, plot, stats
 from support.config import ROOT, exits, parse
 
 COSTS = {"rollouts": "rollouts", "tokens": "sampled tokens", "optimizer_steps": "optimiser steps", "seconds": "seconds"}
+LONG_COSTS = {"rollouts": "rollouts", "tokens": "tokens", "seconds": "CPU seconds"}  # of the campaign of long answers
 BAND_FROM = 4  # seeds; of fewer the figure draws the runs themselves
 PANELS = 4  # a figure has no more
 SCALE = 10  # points of accuracy; the forest writes larger differences as a number
@@ -206,6 +207,33 @@ def overview_table(results: dict[str, dict], cost: str = "rollouts") -> str:
     return f"{head}\n\n{markdown(['method', *results], rows)}"
 
 
+def long_table(results: dict[str, dict]) -> str:
+    """The baseline's accuracy, and differences to it at equal rollouts, tokens and CPU seconds, for each learning
+    rate."""
+    first = next(iter(results.values()))
+    base = first["baseline"]
+    columns = ["method", "seeds"]
+    for name in results:
+        columns += [f"{name}, equal {cost}" for cost in LONG_COSTS.values()]
+    rows = []
+    for method in first["methods"]:
+        entries = [result["methods"][method] for result in results.values()]
+        row = [plot.label_of(method), "/".join(sorted({str(entry["seeds"]) for entry in entries}))]
+        for entry in entries:
+            if method == base:
+                row += [f"{100 * entry['accuracy'][cost]:.1f}" for cost in LONG_COSTS]
+            else:
+                row += [points_of(entry["difference"][cost]) for cost in LONG_COSTS]
+        rows.append(row)
+    fewest = min(entry["seeds"] for result in results.values() for entry in result["methods"].values())
+    word = "" if fewest >= 6 else " **Fewer than six seeds: not yet a result.**"
+    head = (
+        f"{plot.label_of(base)}: {measure_of(first)} in per cent; others: points against it, paired by seed, "
+        f"95 % intervals, * Holm-corrected p < 0.05.{word} {took(results)}"
+    )
+    return f"{head}\n\n{markdown(columns, rows)}"
+
+
 def map_table(cells: list[dict]) -> str:
     """Every cell of the map with every rule."""
     rules = list(cells[0]["rules"])
@@ -280,6 +308,22 @@ def comparison(result: dict, path: Path) -> Path:
     axes[0, 0].yaxis.set_major_formatter("{x:.0%}")
     handles, labels = axes[0, 0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False)
+    return plot.save(figure, path)
+
+
+def by_rate(results: dict[str, dict], path: Path) -> Path:
+    """Accuracy over rollouts, a panel for each learning rate: bands, or the runs where there are few seeds."""
+    figure, axes = new_figure(1, len(results), (1 + 4.5 * len(results), 5.2), sharey=True)
+    colours = plot.colours_of(list(next(iter(results.values()))["methods"]))
+    for axis, (name, result) in zip(axes[0], results.items(), strict=True):
+        for method, entry in result["methods"].items():
+            draw_curve(axis, entry["curves"]["rollouts"], colours[method], f"{plot.label_of(method)}")
+        seeds = max(entry["seeds"] for entry in result["methods"].values())
+        axis.set(xlim=(0, None), xlabel="rollouts", title=f"{name}, {seeds} seed{'s' if seeds > 1 else ''}")
+        tidy(axis)
+    axes[0, 0].set_ylabel(measure_of(next(iter(results.values()))))
+    axes[0, 0].yaxis.set_major_formatter("{x:.0%}")
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
     return plot.save(figure, path)
 
 

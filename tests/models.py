@@ -11,17 +11,27 @@ from grpo import Answer
 VOCABULARY, PAD, EOS = 23, 0, 1
 
 
+def shape(kind: type, hidden: int, layers: int, heads: int, kv_heads: int, mlp: int, vocabulary: int, **more):
+    """A config of this shape; `kind`: of transformers, such as Qwen3Config."""
+    return kind(
+        hidden_size=hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        intermediate_size=mlp,
+        vocab_size=vocabulary,
+        **more,
+    )
+
+
 def small_model(kind: str = "qwen3", seed: int = 0):
     """A random model of two layers; weights large enough that attention matters."""
     torch.manual_seed(seed)
-    sizes = {
-        "vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
-        "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 128, "initializer_range": 0.15,
-        "pad_token_id": PAD, "eos_token_id": EOS, "bos_token_id": None, "tie_word_embeddings": kind == "qwen3",
-    }  # fmt: skip
+    more = {"max_position_embeddings": 128, "initializer_range": 0.15, "tie_word_embeddings": kind == "qwen3"}
+    more |= {"pad_token_id": PAD, "eos_token_id": EOS, "bos_token_id": None}
     if kind == "qwen3":
-        return Qwen3ForCausalLM(Qwen3Config(head_dim=8, **sizes)).eval()
-    return LlamaForCausalLM(LlamaConfig(**sizes)).eval()
+        return Qwen3ForCausalLM(shape(Qwen3Config, 32, 2, 4, 2, 48, VOCABULARY, head_dim=8, **more)).eval()
+    return LlamaForCausalLM(shape(LlamaConfig, 32, 2, 4, 2, 48, VOCABULARY, **more)).eval()
 
 
 def naive_logprobs(model, sequence, temperature=1.0):

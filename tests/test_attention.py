@@ -10,6 +10,7 @@ from support import attention
 from support.logprobs import has_varlen, pack
 from support.model import check_policy, use_varlen_attention
 from tasks.data import Prompt
+from tests.models import shape
 
 VOCABULARY = 32
 
@@ -18,20 +19,9 @@ def small_model(window: int | None = None, forced: bool = True) -> Qwen3ForCausa
     """Two layers, four query heads on two key heads; `window`: sliding, in both layers. forced: computes in
     support/attention.py, which a CPU does not choose by itself."""
     torch.manual_seed(0)
-    config = Qwen3Config(
-        vocab_size=VOCABULARY,
-        hidden_size=32,
-        intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=8,
-        initializer_range=0.5,
-        use_sliding_window=window is not None,
-        sliding_window=window,
-        max_window_layers=0,
-        eos_token_id=1,
-    )
+    sliding = {"use_sliding_window": window is not None, "sliding_window": window, "max_window_layers": 0}
+    more = {"head_dim": 8, "initializer_range": 0.5, "eos_token_id": 1}
+    config = shape(Qwen3Config, 32, 2, 4, 2, 32, VOCABULARY, **sliding, **more)
     model = Qwen3ForCausalLM(config).eval()
     if forced:
         attention.use(model)

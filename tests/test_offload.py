@@ -16,6 +16,7 @@ import train
 from lab import gpus
 from support import checkpoint, model, offload, plan, plot, ranks
 from tasks import tiny
+from tests.models import shape
 
 TINY = str(tiny.home())
 SMALL = ["--prompts-per-step", "6", "--answers-per-prompt", "4", "--eval-every", "0"]
@@ -104,19 +105,8 @@ def test_a_checkpoint_has_the_masters_in_the_same_format(tmp_path, flags):
 
 def small_model(tied: bool, scale: float = 0.02) -> Qwen3ForCausalLM:
     torch.manual_seed(0)
-    config = Qwen3Config(
-        vocab_size=32,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=8,
-        initializer_range=scale,
-        attention_bias=True,
-        tie_word_embeddings=tied,
-    )
-    return Qwen3ForCausalLM(config).eval()
+    more = {"head_dim": 8, "initializer_range": scale, "attention_bias": True, "tie_word_embeddings": tied}
+    return Qwen3ForCausalLM(shape(Qwen3Config, 32, 2, 4, 2, 64, 32, **more)).eval()
 
 
 def some_answers(seed: int) -> list[grpo.Answer]:

@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, Qwen3Con
 from lab import gpus
 from support import plan
 from tasks import data, tiny
+from tests.models import shape
 
 
 @dataclass
@@ -43,17 +44,8 @@ def cache(gigabytes: float) -> str:
 
 
 def qwen3(hidden, layers, heads, kv_heads, size, mlp, tied, vocabulary=151_936, context=40_960):
-    return Qwen3Config(
-        hidden_size=hidden,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        num_key_value_heads=kv_heads,
-        head_dim=size,
-        intermediate_size=mlp,
-        vocab_size=vocabulary,
-        tie_word_embeddings=tied,
-        max_position_embeddings=context,
-    )
+    more = {"head_dim": size, "tie_word_embeddings": tied, "max_position_embeddings": context}
+    return shape(Qwen3Config, hidden, layers, heads, kv_heads, mlp, vocabulary, **more)
 
 
 MODELS = {name: Qwen3Config(**gpus.sizes_of(name)) for name in gpus.SIZES}
@@ -83,16 +75,7 @@ def test_parameters_of_qwen3_are_those_of_the_released_models(name, parameters):
     "config",
     [
         SMALL,
-        LlamaConfig(
-            bos_token_id=1,
-            hidden_size=32,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            intermediate_size=48,
-            vocab_size=40,
-            max_position_embeddings=64,
-        ),
+        shape(LlamaConfig, 32, 2, 4, 2, 48, 40, max_position_embeddings=64, bos_token_id=1),
         GPT2Config(n_embd=32, n_layer=2, n_head=4, vocab_size=40, n_positions=64, bos_token_id=1, eos_token_id=1),
     ],
     ids=["qwen3", "llama", "gpt2"],

@@ -21,6 +21,7 @@ from support import config, plan
 from support.config import ROOT
 from tasks import data, tiny
 from tests.helpers import code_of
+from tests.models import shape
 from tests.test_plan import MODELS
 
 FOLDER = ROOT / "lab" / "recipes"
@@ -29,30 +30,12 @@ COMMAND = re.compile(r"^#   (?:python|torchrun --nproc-per-node \d+) train\.py (
 
 
 def qwen2(hidden, layers, heads, kv_heads, mlp, tied, vocabulary=151_936, context=131_072):
-    return Qwen2Config(
-        hidden_size=hidden,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        num_key_value_heads=kv_heads,
-        intermediate_size=mlp,
-        vocab_size=vocabulary,
-        tie_word_embeddings=tied,
-        max_position_embeddings=context,
-    )
+    more = {"tie_word_embeddings": tied, "max_position_embeddings": context}
+    return shape(Qwen2Config, hidden, layers, heads, kv_heads, mlp, vocabulary, **more)
 
 
-LLAMA_3B = LlamaConfig(
-    hidden_size=3072,
-    num_hidden_layers=28,
-    num_attention_heads=24,
-    num_key_value_heads=8,
-    head_dim=128,
-    intermediate_size=8192,
-    vocab_size=128_256,
-    tie_word_embeddings=True,
-    max_position_embeddings=131_072,
-    bos_token_id=1,
-)
+LLAMA = {"head_dim": 128, "tie_word_embeddings": True, "max_position_embeddings": 131_072, "bos_token_id": 1}
+LLAMA_3B = shape(LlamaConfig, 3072, 28, 24, 8, 8192, 128_256, **LLAMA)
 # The shapes of the models on the hub, and how many parameters these have.
 HUB = {
     "Qwen/Qwen3-0.6B": (MODELS["Qwen3-0.6B"], 596_049_920),

@@ -70,15 +70,13 @@ BOUND = {"float32": 1e-4 if DEVICE == "cpu" else 0.05, "bfloat16": 0.3}
 def make_model(kind: str, tied: str, folder):
     from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
+    from tests.models import shape
+
     config, model = {"qwen3": (Qwen3Config, Qwen3ForCausalLM), "llama": (LlamaConfig, LlamaForCausalLM)}[kind]
     torch.manual_seed(5)
-    model = model(
-        config(
-            vocab_size=VOCABULARY, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
-            num_key_value_heads=2, head_dim=32, max_position_embeddings=256, tie_word_embeddings=tied == "tied",
-            initializer_range=0.2, pad_token_id=0, eos_token_id=1, bos_token_id=None,
-        )
-    )  # fmt: skip
+    more = {"head_dim": 32, "max_position_embeddings": 256, "tie_word_embeddings": tied == "tied"}
+    more |= {"initializer_range": 0.2, "pad_token_id": 0, "eos_token_id": 1, "bos_token_id": None}
+    model = model(shape(config, 64, 2, 4, 2, 96, VOCABULARY, **more))
     model.save_pretrained(folder)
     return model.to(DEVICE).eval()
 

@@ -21,15 +21,19 @@ from pathlib import Path
 import numpy as np
 
 from lab import demo_figure, gpus
-from support import costs, plot, stats
+from support import costs, lives, plot, stats
 from support.config import ROOT, exits, parse
 
 COSTS = {"rollouts": "rollouts", "tokens": "sampled tokens", "optimizer_steps": "optimiser steps", "seconds": "seconds"}
 LONG_COSTS = {"rollouts": "rollouts", "tokens": "tokens", "seconds": "CPU seconds"}  # of the campaign of long answers
 BAND_FROM = 4  # seeds; of fewer the figure draws the runs themselves
 PANELS = 4  # a figure has no more
+# In a figure of many methods these have their colours and stand first; eleven colours cannot be told apart.
+IN_COLOUR = ("prompt", "prioritized", "rollout", "group", "popo", "twice")
+OTHERS = "#8a8a8a"
 SCALE = 10  # points of accuracy; the forest writes larger differences as a number
 RESULTS = ROOT / "lab" / "results"
+VISITS = RESULTS / "lives.npz"  # of the reference run of Prompt Replay (lab/reference.py)
 DOCS = ROOT / "docs"
 
 
@@ -352,11 +356,14 @@ def at_most_four(results: dict[str, dict]) -> dict[str, dict]:
 
 def forest(results: dict[str, dict], path: Path, title: str = "") -> Path:
     """Differences to the baseline at equal rollouts with 95 % intervals: a panel for each learning rate, a
-    row for each method. A hollow mark: Holm's p is not below 0.05."""
+    row for each method, the papers' first. A hollow mark: Holm's p is not below 0.05."""
     first = next(iter(results.values()))
     base = first["baseline"]
     methods = [method for method in first["methods"] if method != base]
+    methods.sort(key=lambda method: method not in IN_COLOUR)
     colours = plot.colours_of(methods)
+    if len(methods) > len(IN_COLOUR):
+        colours |= {method: OTHERS for method in methods if method not in IN_COLOUR}
     figure, axes = new_figure(1, len(results), (2.4 + 1.6 * len(results), 2.0 + 0.34 * len(methods)), sharey=True)
     for axis, (name, result) in zip(axes[0], results.items(), strict=True):
         axis.axvline(0, color="#bbbbbb", linewidth=1, zorder=0)
@@ -508,7 +515,12 @@ def figures(folder: Path) -> list[Path]:
     pays = "No shared facts: replay pays at small learning rates, little at the best"
     shrinks = "Shared digits: POPO and rollout-level replay gain, less at the best learning rate"
     demo = json.loads(demo_figure.RESULTS.read_text())
+    reference = DOCS / "reference"
+    with np.load(VISITS) as file:
+        visits = file["visits"]
     return [
+        plot.curves(reference / "prompt", reference / "none", folder / "curves.png"),
+        lives.draw(visits, folder / "lives.png"),
         demo_figure.demo(demo, folder / "demo.png"),
         forest(shown, folder / "none.png", pays),
         forest(digits, folder / "digits.png", shrinks),

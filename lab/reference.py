@@ -6,11 +6,12 @@
 
 docs/reference/METHOD/ holds config.json with the command and the commit, curves.png, and metrics.jsonl with one row for
 each `EVERY` steps. All have seed 0. A thinned row has the sums of optimiser steps, seconds and histograms over its
-steps, counts so far as they were at its end, and the means of all else. Sets docs/figures/curves.png and lives.png too.
+steps, counts so far as they were at its end, and means of what the curves show and of what the rules say. The curves
+are drawn from those rows, so that they can be drawn again without the run. lab/results/lives.npz gets the visits of
+`prompt`, from which `python -m lab.figures` draws docs/figures/lives.png.
 """
 
 import json
-import shutil
 import sys
 from dataclasses import dataclass, field
 from itertools import zip_longest
@@ -18,20 +19,24 @@ from pathlib import Path
 
 import numpy as np
 
-from lab import compare
+from lab import compare, figures
 from support import config, lives, log, plot
 
 METHODS = ("none", "prompt", "prioritized", "rollout", "group", "dapo", "greso", "adaptive")
 STEPS = 300
 EVERY = 20  # steps of a thinned row; the run is evaluated at the end of each
 SUMS = {"optimizer_steps", "seconds_total"}
-SO_FAR = {"step", "rollouts", "tokens", "distinct_prompts", "prompt_uses", "eval_accuracy"}
-LEFT_OUT = ("seconds_", "peak_memory_mb", "lr", "reward_", "gain_")  # beginnings of keys
+SO_FAR = {"step", "rollouts", "tokens", "distinct_prompts", "prompt_uses", "eval_accuracy", "eval_accuracy_start"}
+# What is kept besides, of what stands before sync_error. Of what rules say of themselves, after it, all is kept.
+MEANS = {"reward", "zero_variance", "zero_variance_replayed", "mean_abs_advantage", "replayed", "entropy", "grad_norm"}
+MEANS |= {"ess_replayed", "pass_rates_fresh", "pass_rates_replayed", "sync_error"}
+DIGITS = 3
 
 
 @dataclass
 class Flags:
-    docs: str = str(config.ROOT / "docs")  # folder in which reference/ and figures/ are written
+    docs: str = str(config.ROOT / "docs")  # folder in which reference/ is written
+    visits: str = str(figures.VISITS)  # file of the visits of `prompt`
     runs: str = str(config.OUT / "reference")  # folder of the whole runs; a finished one is not run again
     methods: tuple[str, ...] = METHODS  # values of --replay
     steps: int = STEPS  # of each run, a multiple of 20
@@ -43,13 +48,13 @@ def flags_of(method: str, steps: int) -> list[str]:
 
 
 def keys_of(rows: list[dict]) -> list[str]:
-    """All keys of `rows`, those of the rules after sync_error, as in each row."""
+    """The keys of `rows` that are kept, those of the rules after sync_error, as in each row."""
     first = {}
     rules = {}
     for row in rows:
         names = list(row)
         at = names.index("sync_error")
-        first |= dict.fromkeys(names[:at])
+        first |= dict.fromkeys(name for name in names[:at] if name in SUMS | SO_FAR | MEANS)
         rules |= dict.fromkeys(names[at + 1 :])
     return [*first, "sync_error", *rules]
 
@@ -61,8 +66,7 @@ def thinned(rows: list[dict], every: int) -> list[dict]:
         some = rows[start : start + every]
         row = {}
         for key in keys_of(some):
-            if key in SUMS or not key.startswith(LEFT_OUT):
-                row[key] = together(key, [one[key] for one in some if key in one])
+            row[key] = together(key, [one[key] for one in some if key in one])
         found.append(row)
     return found
 
@@ -74,7 +78,7 @@ def together(key: str, values: list):
     if isinstance(values[0], list):
         return [sum(column) for column in zip_longest(*values, fillvalue=0)]
     total = sum(values) if key in SUMS else float(np.mean(values))
-    return float(f"{total:.4g}")
+    return float(f"{total:.{DIGITS}g}")
 
 
 def write(run: Path, folder: Path, method: str, steps: int) -> None:
@@ -84,8 +88,9 @@ def write(run: Path, folder: Path, method: str, steps: int) -> None:
     settings["command"] = f"python train.py {' '.join(flags_of(method, steps))}"
     log.write_aside(folder / "config.json", json.dumps(settings, indent=1) + "\n")
     rows = thinned(plot.read(run / "metrics.jsonl"), EVERY)
-    log.write_aside(folder / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
-    shutil.copy(run / "curves.png", folder / "curves.png")
+    lines = [json.dumps(row, separators=(",", ":")) + "\n" for row in rows]
+    log.write_aside(folder / "metrics.jsonl", "".join(lines))
+    plot.curves(folder)
 
 
 @config.exits(2, ValueError, OSError)
@@ -96,14 +101,12 @@ def main(argv: list[str]) -> int:
     runs = {method: Path(flags.runs) / method for method in flags.methods}
     compare.run_all([(run, flags_of(method, flags.steps)) for method, run in runs.items()], flags.jobs)
     for method, run in runs.items():
-        lives.figures(run)
         write(run, Path(flags.docs) / "reference" / method, method, flags.steps)
         print(Path(flags.docs) / "reference" / method)
 
-    # the figures of docs/usage.md
-    if {"none", "prompt"} <= runs.keys():
-        shutil.copy(plot.curves(runs["prompt"], runs["none"]), Path(flags.docs) / "figures" / "curves.png")
-        shutil.copy(runs["prompt"] / "lives.png", Path(flags.docs) / "figures" / "lives.png")
+    # what docs/usage.md shows of prompts
+    if "prompt" in runs:
+        np.savez_compressed(flags.visits, visits=lives.read(runs["prompt"]))
     return 0
 
 

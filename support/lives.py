@@ -171,7 +171,7 @@ def draw(visits: np.ndarray, path: str | Path, rows: int = ROWS) -> Path:
     if not len(visits):
         raise ValueError(f"there is no visit to draw in {path}")
     pyplot = plot.pyplot()
-    with pyplot.rc_context({"font.size": 13, "axes.titlesize": 14}):
+    with pyplot.rc_context({"font.size": 15, "axes.titlesize": 16}):
         figure = pyplot.figure(figsize=(13.5, 7.6), layout="constrained")
         left, right = figure.subfigures(1, 2, width_ratios=(1.15, 1), wspace=0.02)
         prompts, among = chosen(visits, rows)

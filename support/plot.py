@@ -27,11 +27,11 @@ COLOURS = {
     "popo": "#c0508f",
     "group-kl": "#882255",
     "group-oldest": "#cc99bb",
-    "adaptive": "#e0a000",
+    "adaptive": "#6a51a3",
     "dapo": "#56b4e9",
     "greso": "#8c6d31",
     "beta": "#e377c2",
-    "twice": "#7f7f7f",
+    "twice": "#e0a000",
     "fifo": "#5fc9a8",
     "fresh": "#b8b8b8",
     "rare": "#332288",
@@ -52,6 +52,18 @@ LABELS = {
     "dapo": "DAPO",
     "greso": "GRESO",
     "beta": "Beta posteriors",
+}
+
+LESSONS = {
+    "figure.dpi": 72,
+    "figure.constrained_layout.use": True,
+    "font.size": 13,
+    "axes.titlesize": 14,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "legend.fontsize": 12,
+    "legend.frameon": False,
+    "lines.linewidth": 2,
 }
 
 
@@ -118,6 +130,13 @@ def series(rows: list[dict], key: str, smooth: int = 1) -> tuple[list[int], list
     return [step for step, _ in points], means
 
 
+def look_of_lessons() -> None:
+    """Sets how the figures of a notebook look: letters that stay readable at half the width, and no box around."""
+    import matplotlib
+
+    matplotlib.rcParams.update(LESSONS)
+
+
 # ---------------------------------------------------------------- the curves of a run
 
 STYLES = ("-", "--", ":", "-.")
@@ -175,7 +194,7 @@ def draw_accuracy(axis, runs: list[Curves]) -> None:
         if steps:
             label = f"{run.label}: {values[0]:.2f} to {values[-1]:.2f}"
             axis.plot(steps, values, color=run.colour, linewidth=2.2, marker="o", markersize=4, label=label)
-    axis.set(title=f"{runs[0].measure}, and reward in training (pale)", ylim=(0, 1))
+    axis.set(title=f"{runs[0].measure} (pale: reward)", ylim=(0, 1))
     axis.set_ylabel("share of right answers")
 
 
@@ -208,9 +227,8 @@ def draw_pass_rates(axis, runs: list[Curves]) -> None:
     axis.set(title="Pass rates that visits found", xlabel="pass rate of a group", ylabel="share of groups")
 
 
-def draw_rule(axis, runs: list[Curves]) -> None:
-    """Up to four figures of the first run's rules, each by its largest value; without any, the signal."""
-    run = runs[0]
+def draw_rule(axis, run: Curves) -> None:
+    """Up to four figures of a run's rules, each by its largest value; of a run whose rules say nothing none."""
     said = list(run.of_the_rule().items())[: len(STYLES)]
     for (key, (steps, values)), style in zip(said, STYLES, strict=False):
         top = max(map(abs, values)) or 1
@@ -220,34 +238,41 @@ def draw_rule(axis, runs: list[Curves]) -> None:
         label = f"{key}, at most {top:{form}}"
         axis.plot(steps[window - 1 :], means, style, color=run.colour, linewidth=2, label=label)
     axis.set(title="What the rule says of itself", ylabel="share of the largest value")
-    if not said:
-        for one in runs:
-            axis.plot(*one.smooth("mean_abs_advantage"), color=one.colour, linewidth=2.2, label=one.label)
-        axis.set(title="Signal: how far rewards are from their group's mean", ylabel="mean |reward - mean|")
+    # Above the curves there is room for their names.
+    axis.set(ylim=(0, 1.05 + 0.13 * len(said)), yticks=(0, 0.25, 0.5, 0.75, 1))
+
+
+def draw_signal(axis, runs: list[Curves]) -> None:
+    for run in runs:
+        axis.plot(*run.smooth("mean_abs_advantage"), color=run.colour, linewidth=2.2, label=run.label)
+    axis.set(title="Signal: distance of rewards from their mean", ylabel="mean |reward - mean|")
     axis.set_ylim(bottom=0)
 
 
-def curves(folder: Path, beside: Path | None = None) -> Path:
-    """Draws curves.png: accuracy, dead groups, pass rates at visits, and what the rule says of itself. beside: the
-    folder of a run to lay beside it, as a baseline."""
+def curves(folder: Path, beside: Path | None = None, path: Path | None = None) -> Path:
+    """Draws accuracy, dead groups, pass rates at visits, and what the rule says of itself. beside: the folder of a run
+    to lay beside it, as a baseline. path: the file to write, if not curves.png of the run."""
     runs = [Curves(Path(one)) for one in (folder, beside) if one]
     if len(runs) == 2 and runs[0].method == runs[1].method:
         runs[1].colour = GREY
         for run in runs:
             run.label = str(run.folder)
     plt = pyplot()
-    with plt.rc_context({"font.size": 13, "axes.titlesize": 14, "legend.fontsize": 12}):
-        figure, axes = plt.subplots(2, 2, figsize=(12, 8), layout="constrained")
+    with plt.rc_context({"font.size": 15, "axes.titlesize": 15, "legend.fontsize": 13}):
+        figure, axes = plt.subplots(2, 2, figsize=(12, 8.4), layout="constrained")
         draw_accuracy(axes[0, 0], runs)
         draw_dead(axes[0, 1], runs)
         draw_pass_rates(axes[1, 0], runs)
-        draw_rule(axes[1, 1], runs)
+        if runs[0].of_the_rule():
+            draw_rule(axes[1, 1], runs[0])
+        else:
+            draw_signal(axes[1, 1], runs)
         for axis in axes.flat:
             axis.spines[["top", "right"]].set_visible(False)
             axis.set_xlabel(axis.get_xlabel() or "step")
             if axis.get_legend_handles_labels()[0]:
                 axis.legend(frameon=False)
-        return save(figure, runs[0].folder / "curves.png", colours=48, dpi=90)
+        return save(figure, path or runs[0].folder / "curves.png", colours=48, dpi=90)
 
 
 def main(folders: list[str]) -> int:

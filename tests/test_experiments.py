@@ -10,12 +10,13 @@ from lab import compare, simulate
 from support.config import ROOT
 
 PAGE = (ROOT / "docs" / "experiments.md").read_text()
-COLUMNS = ["", "question", "command", "minutes", "what to inspect", "what we saw"]
+COLUMNS = ["", "question", "command", "CPU minutes", "what to inspect", "what we saw"]
 
 
 def table() -> list[list[str]]:
-    """The cells of each row of the table, without its head."""
-    lines = [line for line in PAGE.splitlines() if line.startswith("| ")]
+    """The cells of each row of the table of questions, without its head."""
+    questions = PAGE.partition("## Seventeen questions")[2]
+    lines = [line for line in questions.splitlines() if line.startswith("| ")]
     rows = [[cell.strip() for cell in line.strip("|").split(" | ")] for line in lines]
     assert rows[0] == COLUMNS and all(len(row) == len(COLUMNS) for row in rows)
     return rows[1:]
@@ -23,11 +24,12 @@ def table() -> list[list[str]]:
 
 ROWS = table()
 COMMANDS = [row[2].strip("`") for row in ROWS]
+FIRST = re.search(r"```\n(.*?)```", PAGE, re.DOTALL)[1].splitlines()  # the three to begin with
 
 
 def shortened(words: list[str], folder) -> list[str]:
-    """One seed and two steps of the command `words`, in `folder`."""
-    less = {"--seeds": "1", "--budget-rollouts": "256", "--out": str(folder)}
+    """As few seeds as the command `words` may have, and two steps, in `folder`."""
+    less = {"--seeds": "4" if "--lrs" in words else "1", "--budget-rollouts": "256", "--out": str(folder)}
     words = [less.get(before, word) for before, word in zip(["", *words], words, strict=False)]
     if "--" in words:
         at = words.index("--")
@@ -63,24 +65,41 @@ def test_every_command_can_be_read(command):
     words = shlex.split(command)
     assert words[:2] == ["python", "-m"]
     if words[2] == "lab.compare":
-        at = words.index("--")
-        flags, _ = compare.config.parse(compare.Flags, words[3:at], "")
-        assert flags.seeds == 12
-        for own in compare.arms_of(flags).values():
-            compare.check_run(compare.settings_of([*words[at + 1 :], *own])[0])
+        assert flags_of_comparison(words).seeds == 12
     else:
         assert words[2] == "lab.simulate"
 
 
+def flags_of_comparison(words: list[str]) -> compare.Flags:
+    """Those of lab.compare; ValueError if one of its runs could not be made."""
+    at = words.index("--")
+    flags, _ = compare.config.parse(compare.Flags, words[3:at], "")
+    for own in compare.arms_of(flags).values():
+        compare.check_run(compare.settings_of([*words[at + 1 :], *own])[0])
+    return flags
+
+
+def test_the_three_to_begin_with_can_be_read_and_are_in_order():
+    words = [shlex.split(command) for command in FIRST]
+    assert len(words) == 3
+    simulate.check(compare.config.parse(simulate.Flags, words[0][3:], "")[0])
+    compare.check_run(compare.settings_of(words[1][2:])[0])
+    assert len(flags_of_comparison(words[2]).lrs) == 2
+    # the run is laid beside a reference run of the same settings
+    folder = words[1][words[1].index("--out") + 1]
+    assert f"python -m lab.compare {folder} docs/reference/prompt" in PAGE
+
+
 @pytest.mark.slow
 def test_every_command_of_the_table_runs(tmp_path, capsys):
-    for number, command in enumerate(COMMANDS, 1):
+    for number, command in enumerate([FIRST[0], FIRST[2], *COMMANDS]):
         words = shortened(shlex.split(command), tmp_path / str(number))
         main = compare.main if words[2] == "lab.compare" else simulate.main
         assert main(words[3:]) == 0, command
         output = capsys.readouterr().out
         if words[2] == "lab.compare":
-            result = json.loads((tmp_path / str(number) / "results.json").read_text())
-            assert len(result["methods"]) >= 2 and all(entry["seeds"] == 1 for entry in result["methods"].values())
+            name = "tuned" if "--lrs" in words else "results"
+            result = json.loads((tmp_path / str(number) / f"{name}.json").read_text())
+            assert len(result["methods"]) >= 2 and all(entry["seeds"] <= 4 for entry in result["methods"].values())
         else:
             assert "uniform sampling: accuracy" in output

@@ -34,10 +34,11 @@ COLOURS = {
     "twice": "#e0a000",
     "fifo": "#5fc9a8",
     "fresh": "#b8b8b8",
+    "placebo": "#8d99ae",
     "rare": "#332288",
     "cautious": "#88ccee",
 }
-SPARE = ("#117733", "#aa4499", "#6699cc", "#999933", "#661100")  # for arms that a user has named
+SPARE = ("#999933", "#661100", "#117733", "#6699cc", "#aa4499")  # for arms that a user has named
 LABELS = {
     "none": "plain GRPO",
     "uniform": "uniform",

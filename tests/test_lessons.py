@@ -8,11 +8,11 @@ import re
 
 import nbformat
 import pytest
-from nbclient import NotebookClient
 
+from lab import lessons
 from support.config import ROOT
 
-FOLDER = ROOT / "docs" / "lessons"
+FOLDER = lessons.FOLDER
 LESSONS = sorted(FOLDER.glob("*.ipynb"))
 SOLUTIONS = sorted((FOLDER / "solutions").glob("*.ipynb"))
 LONGEST = 25  # lines of a cell of code
@@ -37,12 +37,7 @@ def outputs_of(path, kind: str) -> list:
 @every_notebook
 def test_it_runs_from_top_to_bottom(path):
     """In a kernel of its own; the file stays as it is."""
-    notebook = nbformat.read(path, as_version=4)
-    for cell in notebook.cells:
-        if cell.cell_type == "code":
-            cell.outputs = []
-    where = {"metadata": {"path": str(path.parent)}}
-    NotebookClient(notebook, timeout=900, kernel_name="python3", resources=where).execute()
+    lessons.execute(path)
 
 
 @every_notebook

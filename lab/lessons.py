@@ -1,0 +1,62 @@
+"""Runs lessons from top to bottom, writes their outputs, and says what each took.
+
+    python -m lab.lessons                                    all of them, and the solutions
+    python -m lab.lessons docs/lessons/04_prompt_replay.ipynb
+
+A notebook that raises stays as it was. The seconds are of processor time, of the kernel and all that it starts, so that
+other work on the machine does not count. The first lesson that needs an embedded model makes it, once: run it twice.
+"""
+
+import resource
+import sys
+from pathlib import Path
+
+import nbformat
+from nbclient import NotebookClient
+from nbclient.exceptions import CellExecutionError
+
+from support.config import ROOT
+
+FOLDER = ROOT / "docs" / "lessons"
+
+
+def cpu_seconds() -> float:
+    """Of all processes that this one has started and that have ended."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
+def execute(path: Path, timeout: int = 900):
+    """The notebook in `path`, with new outputs. CellExecutionError if a cell raises, an assert among them."""
+    notebook = nbformat.read(path, as_version=4)
+    for cell in notebook.cells:
+        if cell.cell_type == "code":
+            cell.outputs = []
+    where = {"metadata": {"path": str(path.parent)}}
+    NotebookClient(notebook, timeout=timeout, kernel_name="python3", resources=where).execute()
+    return notebook
+
+
+def cleaned(notebook):
+    """Without what changes with each run, or with the machine: it would make noise in every diff."""
+    for cell in notebook.cells:
+        cell.metadata = {}
+    notebook.metadata = {"kernelspec": notebook.metadata.kernelspec, "language_info": {"name": "python"}}
+    return notebook
+
+
+def main(argv: list[str]) -> int:
+    for path in map(Path, argv or sorted(FOLDER.glob("**/*.ipynb"))):
+        before = cpu_seconds()
+        try:
+            notebook = execute(path)
+        except (OSError, CellExecutionError) as error:
+            print(f"error: {path}: {error}", file=sys.stderr)
+            return 2
+        nbformat.write(cleaned(notebook), path)
+        print(f"{path}  {cpu_seconds() - before:.0f} CPU seconds")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -180,7 +180,7 @@ def draw(visits: np.ndarray, path: str | Path, rows: int = ROWS) -> Path:
         marks = raster(axis, visits, prompts)
         more = "visited more than once" if among < len(np.unique(visits["prompt"])) else "that were visited"
         few = f"an even sample of {among:,}" if len(prompts) < among else "all"
-        axis.set_title(f"Lives of {len(prompts)} prompts, {few} {more}\nblack ring: brought back by replay")
+        axis.set_title(f"Lives of {len(prompts)} prompts (black ring: by replay),\n{few} {more}")
         bar = left.colorbar(marks, ax=axis, location="bottom", shrink=0.7, aspect=40, label="pass rate at the visit")
         bar.outline.set_visible(False)
         axes = right.subplots(2, 1)

@@ -59,6 +59,18 @@ def test_its_outputs_are_committed_and_clean(path):
     assert not any(cell.metadata for cell in notebook.cells)
 
 
+def test_cleaning_keeps_outputs_and_drops_what_changes_with_the_machine():
+    cell = nbformat.v4.new_code_cell("1", metadata={"execution": {"iopub.busy": "2026"}})
+    cell.outputs = [nbformat.v4.new_output("stream", text="one")]
+    kernel = {"name": "python3", "display_name": "Python 3"}
+    notebook = nbformat.v4.new_notebook(
+        cells=[cell], metadata={"kernelspec": kernel, "language_info": {"version": "3"}}
+    )
+    notebook = lessons.cleaned(notebook)
+    assert notebook.cells[0].metadata == {} and notebook.cells[0].outputs[0].text == "one"
+    assert notebook.metadata == {"kernelspec": kernel, "language_info": {"name": "python"}}
+
+
 @every_notebook
 def test_its_cells_are_short_and_copy_nothing(path):
     ours = set()

@@ -1,6 +1,6 @@
 """A reference run of each method on the embedded task, to lay a run of one's own beside.
 
-    python -m lab.reference                                  all of them anew: half an hour of a CPU core
+    python -m lab.reference                                  all of them anew: minutes of a CPU core
     python -m lab.compare out/mine docs/reference/prompt     a table: a run of one's own against one of them
     python -m support.plot out/mine docs/reference/prompt    the curves of both in out/mine/curves.png
 

@@ -3,8 +3,9 @@
     python -m lab.lessons                                    all of them, and the solutions
     python -m lab.lessons docs/lessons/04_prompt_replay.ipynb
 
-A notebook that raises stays as it was. The seconds are of processor time, of the kernel and all that it starts, so that
-other work on the machine does not count. The first lesson that needs an embedded model makes it, once: run it twice.
+A notebook that raises stays as it was. The seconds are of processor time, of the kernel and of what it starts, so that
+other work on the machine does not count. Of lesson 9 the runs of lab.compare are left out, about 18: a server starts
+them. The first lesson that needs an embedded model makes it, once: run that one twice.
 """
 
 import base64

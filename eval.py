@@ -31,15 +31,15 @@ from statistics import fmean
 from types import SimpleNamespace
 from typing import Literal
 
-from support.config import check, exits, parse
+from support.config import check, exits, parse, scorer_of
 
 
 @dataclass
 class Config:
     # ---- model and problems
     model: str = ""  # Hugging Face id or folder; without it the embedded model
-    benchmarks: tuple[str, ...] = ()  # names, NAME=FILE, data files, task.py; default: all six, or embedded
-    task: str = ""  # instead of benchmarks: path/to/task.py, its held-out problems, scored by it
+    benchmarks: tuple[str, ...] = ()  # names, NAME=FILE, files, task.py, gym:NAME; default: all six, or embedded
+    task: str = ""  # instead of benchmarks: path/to/task.py or gym:NAME, its held-out problems, scored by it
     instruction: str = "auto"  # put behind each problem, as in training: auto, none, or a text
     problem_column: str | None = None  # of data files; found if it has a usual name
     answer_column: str | None = None  # of data files; found if it has a usual name
@@ -74,8 +74,8 @@ from rollout import choose_engine, make_engine
 from support import stats
 from support.answer_files import answers_so_far, choose_results_folder, weights_digest, write_answers
 from support.model import load_model
-from tasks import data, own, tiny
-from tasks.benchmarks import BENCHMARKS, EMBEDDED, Problem, load_all, samples_of
+from tasks import data, gym, own, tiny
+from tasks.benchmarks import EMBEDDED, Problem, load_all, samples_of, usual_benchmarks
 
 PASS_AT = (1, 4, 8, 16, 32)
 GRADED_AT_ONCE = 256  # answers between two moves of the progress bar
@@ -206,6 +206,8 @@ def spelling(response: str, kind: str) -> str:
     """The answer in the response, for the vote: without white space, and "" if there is none."""
     if kind == "equation":
         text = response.rpartition("=")[2]
+    elif kind in reward.GYM:
+        text = gym.answer_in(response) or ""
     elif own.is_own(kind):
         text = reward.boxed(response) or response.strip().rpartition("\n")[2]  # the last line, where nothing is boxed
     else:
@@ -264,9 +266,8 @@ def settled(cfg: Config, given: list[str]) -> Config:
     if cfg.task and cfg.benchmarks:
         raise ValueError("--task is a benchmark of its own; leave out --task or --benchmarks")
     benchmarks = (cfg.task,) if cfg.task else cfg.benchmarks
-    sharing = tiny.sharing_of(cfg.model) if cfg.model else "digits"
-    if not benchmarks:
-        benchmarks = ("embedded" if sharing == "digits" else f"embedded-{sharing}",) if sharing else tuple(BENCHMARKS)
+    sharing = tiny.sharing_of(cfg.model) if cfg.model else tiny.kind_of("".join(benchmarks[:1]))
+    benchmarks = benchmarks or usual_benchmarks(sharing)
     # None leaves thinking to the chat template. The embedded task has short answers, and its own temperature.
     usual = {"thinking": None}
     if sharing:
@@ -292,7 +293,7 @@ def choose_tasks(cfg: Config) -> list[Task]:
             )
         usual = "equation" if name in EMBEDDED else "math"
         if "task" in source:
-            usual = own.scorer_of(source["task"])
+            usual = scorer_of(source["task"])
         kind = cfg.reward or usual
         # What is wrong with it should show now, and not after hours of generation.
         grade = reward.load(kind)
@@ -315,7 +316,8 @@ def set_up(cfg: Config) -> tuple:
     embedded = not cfg.model or bool(tiny.sharing_of(cfg.model))
     if embedded:
         torch.set_num_threads(tiny.SETTINGS["threads"])
-    path = cfg.model or str(tiny.make(tiny.home()))
+    which = tiny.kind_of(cfg.benchmarks[0])
+    path = cfg.model or str(tiny.make(tiny.home(which), sharing=which))
     kind, _ = choose_engine(cfg.engine)
     on_vllm = kind == "vllm"
     model, tokenizer, stop_ids = load_model(path, device="cpu" if on_vllm else None)
@@ -326,7 +328,7 @@ def set_up(cfg: Config) -> tuple:
     longest = 0
     for task in tasks:
         pairs = [(problem.text, problem.golds[0]) for problem in task.problems]
-        whole = "task" in task.source and cfg.instruction == "auto"  # rows() writes whole prompts
+        whole = "task" in task.source and cfg.instruction == "auto"  # rows are whole prompts
         task.prompts, _ = data.encode(pairs, tokenizer, sys.maxsize, cfg.thinking, "none" if whole else cfg.instruction)
         data.check_ids(task.prompts, model.get_input_embeddings().num_embeddings)
         longest = max([longest, *(len(prompt.ids) for prompt in task.prompts)])

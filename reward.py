@@ -20,7 +20,8 @@ from collections import Counter
 from collections.abc import Callable
 from fractions import Fraction
 
-from tasks import data, own
+from support.config import GYM_REWARDS, scorer_of
+from tasks import data, gym, own
 from tasks.answers import LONGEST, matching_braces
 from tasks.grader import Grader, VerifierBroken  # noqa: F401 (the errors are for those who call these functions)
 from tasks.own import RewardBroken  # noqa: F401
@@ -141,7 +142,9 @@ def grade_always(responses: list[str], golds: list) -> list[float]:
 
 
 CONTROLS = {"random": grade_random, "always": grade_always, "format": grade_format}  # they do not look at the gold
-REWARDS = {"math": grade, "equation": grade_equation} | CONTROLS
+GYM_GRADER = Grader(script=gym.CHILD)
+GYM = {name: gym.Scorer(name, GYM_GRADER, GRADER.count) for name in GYM_REWARDS}
+REWARDS = {"math": grade, "equation": grade_equation} | GYM | CONTROLS
 
 
 # ---- by name
@@ -168,7 +171,7 @@ def judge_of(cfg) -> str:
     if cfg.judge:
         return cfg.judge
     if cfg.task:
-        return own.scorer_of(cfg.task)
+        return scorer_of(cfg.task)
     if not cfg.data:
         return "equation"
     return "math" if data.source_of(cfg.data) or cfg.reward in CONTROLS else cfg.reward

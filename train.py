@@ -58,7 +58,7 @@ class Config:
     # ---- model and data
     model: str = ""  # Hugging Face id or folder; without it the embedded model is made and trained
     data: str = ""  # polaris (default), dolci, dapo, gsm8k, math; OWNER/NAME of the hub; or a file
-    task: str = ""  # instead of data: path/to/task.py with rows() and score(responses, golds)
+    task: str = ""  # instead of data: path/to/task.py with rows() and score(responses, golds); or gym:NAME
     data_options: str = ""  # for the hub, as JSON: '{"name": "main", "split": "test", "revision": "HASH"}'
     problem_column: str | None = None  # column of the problem; found if it has a usual name
     answer_column: str | None = None  # column of the gold answer; found if it has a usual name
@@ -67,7 +67,7 @@ class Config:
     keep_overlap: bool = False  # do not look for benchmark problems in data of the hub
     thinking: Literal["auto", "on", "off"] = "auto"  # enable_thinking of the template
     max_prompts: int = 0  # train on the first so many prompts only; 0: all
-    reward: str = "math"  # math, equation, random, always, format, or path/to/file.py:function
+    reward: str = "math"  # math, equation, gym, gym-partial, random, always, format; or path/to/file.py:function
     judge: str = ""  # of held-out answers, named as a reward; default: the task's own verifier
     instruction: str = "auto"  # behind each problem; auto: to reason and to box the answer; none; a text
     # ---- run
@@ -191,9 +191,9 @@ class Run:
         self.folder = Path(ranks.from_main(str(checkpoint.choose_folder(cfg, config.OUT))))
 
         # The model, and the prompts as it will see them.
-        path = cfg.model or str(tiny.home(cfg.sharing))
+        path = cfg.model or str(tiny.home(tiny.kind_of(cfg.task, cfg.sharing)))
         if not cfg.model and ranks.is_main():
-            tiny.make(path, sharing=cfg.sharing)
+            tiny.make(path, sharing=tiny.kind_of(cfg.task, cfg.sharing))
         ranks.barrier()
         on_host = offload.wants_offload(cfg, path)
         model, self.tokenizer, stop_ids = load_model(path, cfg.gradient_checkpointing, "cpu" if on_host else None)
@@ -235,7 +235,7 @@ def dry_run(cfg: Config, given: list[str]) -> str:
     if cfg.model:
         kind, tokenizer = plan.read(cfg.model)
     else:
-        kind, tokenizer = tiny.make_model(0).config, tiny.make_tokenizer()
+        kind, tokenizer = tiny.shape(tiny.kind_of(cfg.task, cfg.sharing))
     asked, _ = prompts.load_prompts(cfg, tokenizer)
     make_rules(cfg, len(asked))
     return plan.report(cfg, config.origins(cfg, given, tiny.SETTINGS, METHODS), kind, tokenizer, asked)
@@ -377,7 +377,7 @@ def main(argv: list[str]) -> int:
     """A run from beginning to end. Returns the exit code."""
     cfg, given = config.settings(argv, Config, METHODS, tiny.SETTINGS, __doc__)
     cfg.judge = reward.judge_of(cfg)
-    memory = plan.explained(cfg, cfg.model or str(tiny.home(cfg.sharing)))
+    memory = plan.explained(cfg, cfg.model or str(tiny.home(tiny.kind_of(cfg.task, cfg.sharing))))
     wrong = config.exits(2, plan.OutOfMemory, limits.UsersCodeBroken, OSError, all_ranks=True)
     broken = config.exits(1, rollout.EngineAstray, FloatingPointError, reward.VerifierBroken, all_ranks=True)
     with wrong, broken, memory, ranks.peers():

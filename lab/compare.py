@@ -428,7 +428,7 @@ def run_all(jobs: list[tuple[Path, list[str]]], at_once: int, kept: Kept | None 
     for cfg in configs:  # a mistake is met before the first run begins
         check_run(cfg)
     check_judges({reward.judge_of(cfg) for cfg in configs})
-    for sharing in {cfg.sharing for cfg in configs if not cfg.model}:
+    for sharing in {tiny.kind_of(cfg.task, cfg.sharing) for cfg in configs if not cfg.model}:
         tiny.make(tiny.home(sharing), sharing=sharing)  # once, before two runs begin to make it
 
     # each run is a fork of a process that has the imports behind it: they take as long as a short run

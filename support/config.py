@@ -22,6 +22,8 @@ import tyro
 
 ROOT = Path(__file__).parent.parent  # of the project
 OUT = ROOT / "out"  # where runs, and the embedded model, are kept
+GYM = "gym:"  # begins the name of a task of reasoning-gym
+GYM_REWARDS = ("gym", "gym-partial")  # of such a task: right or wrong, and its score as it is
 
 # Least and largest value of each number of train.py and eval.py. What is beyond the largest is a slip of the hand: it
 # would start, and never end.
@@ -173,8 +175,13 @@ def layers(model: str, task: str, replay: str, embedded: dict, methods: dict) ->
     task's own score, and what the methods named by --replay set."""
     found = {"--model": {"data": "polaris"}} if model else {"embedded model": embedded}
     if task:
-        found["--task"] = {"data": "", "reward": f"{task}:score"}
+        found["--task"] = {"data": "", "reward": scorer_of(task)}
     return found | {f"--replay {replay}": set_by(replay, methods)}
+
+
+def scorer_of(task: str) -> str:
+    """The name of a task's own score, as --reward takes it."""
+    return "gym" if task.startswith(GYM) else f"{task}:score"
 
 
 def origins(cfg, given: list[str], embedded: dict, methods: dict) -> dict[str, str]:
@@ -304,8 +311,11 @@ def check_training(config) -> None:
         raise ValueError(f"--difficulty needs two pass rates in [0, 1], the lower first, got {config.difficulty}")
     if config.task and config.data:
         raise ValueError("--task has rows of its own; leave out --data or --task")
-    if config.task and not config.task.endswith(".py"):
-        raise ValueError(f"--task {config.task}: give path/to/task.py, a file with rows() and score(responses, golds)")
+    if config.task and not config.task.endswith(".py") and not config.task.startswith(GYM):
+        what = f"path/to/task.py, a file with rows() and score(responses, golds), or {GYM}NAME"
+        raise ValueError(f"--task {config.task}: give {what}")
+    if config.reward in GYM_REWARDS and not config.task.startswith(GYM):
+        raise ValueError(f"--reward {config.reward} scores tasks of reasoning-gym; give --task {GYM}NAME")
     if config.model and config.sharing != "digits":
         raise ValueError("--sharing is a knob of the embedded task; leave out --model or --sharing")
     if config.gpus and not config.dry_run:

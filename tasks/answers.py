@@ -633,18 +633,17 @@ def memory_peak() -> int:
     return 0
 
 
-def worker() -> None:
-    """The child: reads [gold, answer] lines, says right or wrong. If `equal` raises, it dies, which counts
-    as wrong."""
+def serve(prepare) -> None:
+    """The child: reads [gold, answer] lines, and says a word on each. If what says it raises, the child dies, which
+    counts as wrong. `prepare` makes ready what is needed and returns the function of gold and answer."""
     import resource
 
     # What a library may print is no verdict.
     out = os.dup(1)
     os.dup2(2, 1)
 
-    # sympy is imported here, before memory is limited, and has to prove that it works.
-    if not equal(r"2\sqrt2", r"\sqrt8") or equal("x", "y"):
-        raise SystemExit("math-verify or sympy does not work as it should")
+    # What is imported is so here, before memory is limited.
+    judge = prepare()
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     signal.signal(signal.SIGPROF, signal.SIG_DFL)
@@ -654,13 +653,20 @@ def worker() -> None:
         gold, answer = json.loads(line)
         # When the time is over, SIGPROF ends the process, whatever it is doing.
         signal.setitimer(signal.ITIMER_PROF, SECONDS)
-        verdict = equal(gold, answer)
+        verdict = judge(gold, answer)
         signal.setitimer(signal.ITIMER_PROF, 0)
-        os.write(out, b"right\n" if verdict else b"wrong\n")
+        os.write(out, f"{verdict}\n".encode())
         # After an answer that took much memory the child makes room for a fresh one.
         if memory_peak() > 300 << 20:
             break
 
 
+def prepare():
+    """sympy is imported, and has to prove that it works."""
+    if not equal(r"2\sqrt2", r"\sqrt8") or equal("x", "y"):
+        raise SystemExit("math-verify or sympy does not work as it should")
+    return lambda gold, answer: "right" if equal(gold, answer) else "wrong"
+
+
 if __name__ == "__main__":
-    worker()
+    serve(prepare)

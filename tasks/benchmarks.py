@@ -21,8 +21,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from support.config import BOUNDS, meant
-from tasks import data, own, tiny
+from support.config import BOUNDS, GYM, meant
+from tasks import data, gym, own, tiny
 
 MOST_SAMPLES = BOUNDS["answers_per_prompt"][1]  # answers to a problem, as in training
 
@@ -139,7 +139,7 @@ EMBEDDED = {"embedded": "digits", "embedded-columns": "columns", "embedded-none"
 
 def load(name: str, revisions: dict[str, str], columns=(None, None), any_gold=False) -> tuple[str, list[Problem], dict]:
     """Short name, problems and source of `aime24`, of its copy `aime24=FILE`, of `FILE`, of the held-out problems of
-    `task.py`, or of `embedded`, `embedded-columns` and `embedded-none`.
+    `task.py` or `gym:NAME`, or of `embedded`, `embedded-columns` and `embedded-none`.
 
     `revisions` (name -> hash) replaces pinned ones. `columns` are those of problem and answer in files, if they have
     no usual name. any_gold: as for `plain`, in a file of the user's. ValueError or OSError says in one line what cannot
@@ -149,19 +149,19 @@ def load(name: str, revisions: dict[str, str], columns=(None, None), any_gold=Fa
     if name in EMBEDDED:
         _, pairs = tiny.problems(EMBEDDED[name], tiny.HELD_OUT)
         return name, [Problem(text, (gold,), 0.0, gold) for text, gold in pairs], {}
-    if own.is_task(name):
-        _, held_out, _ = own.problems(name)
+    if own.is_task(name) or gym.is_task(name):
+        held_out = gym.held_out(name) if gym.is_task(name) else own.problems(name)[1]
         if not held_out:
             raise ValueError(f"{name} has too few rows to hold any out; let rows() return ten or more")
         problems = [Problem(text, (answer,), 0.0, gold, row) for text, answer, gold, row in held_out]
-        return Path(name).stem, problems, {"task": name}
+        return gym.short(name) if gym.is_task(name) else Path(name).stem, problems, {"task": name}
 
     # a file of the user's own
     if known not in BENCHMARKS:
         if not Path(name).suffix:
             choices = [*BENCHMARKS, *EMBEDDED]
             raise ValueError(
-                f"no benchmark {name!r}; choose from {', '.join(choices)}, or name a .jsonl or other data file"
+                f"no benchmark {name!r}; choose from {', '.join(choices)}, gym:NAME, or name a data file"
                 f"{meant(name, choices)}"
             )
         return Path(name).stem, plain(data.read_rows(name), name, *columns, any_gold), {"file": name}
@@ -183,6 +183,15 @@ def load(name: str, revisions: dict[str, str], columns=(None, None), any_gold=Fa
     if len(problems) != benchmark.size:
         print(f"note: {known} has {benchmark.size} problems, but here are {len(problems)}", file=sys.stderr)
     return known, problems, source
+
+
+def usual_benchmarks(sharing: str) -> tuple[str, ...]:
+    """What a model is evaluated on where nothing is asked for; `sharing` says which embedded model it is, if any."""
+    if not sharing:
+        return tuple(BENCHMARKS)
+    if sharing in tiny.GYM_STEPS:
+        return (GYM + sharing,)
+    return ("embedded" if sharing == "digits" else f"embedded-{sharing}",)
 
 
 def by_name(values: tuple[str, ...], flag: str, names: list[str]) -> dict[str, str]:

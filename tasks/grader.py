@@ -1,4 +1,4 @@
-"""Child processes that judge answers: `Grader.judge`. They run answers.py, and they can be killed.
+"""Child processes that judge answers: `Grader.judge`. They run answers.py or gym_child.py, and they can be killed.
 
 sympy may need an hour for a short formula, and no thread and no exception can stop it. So a child judges each
 answer. A child counts its own processor time and dies when an answer has had its share (answers.py), however busy
@@ -18,12 +18,14 @@ from multiprocessing.connection import wait
 from pathlib import Path
 
 from support import ranks
+from support.config import ROOT
 
 ANSWERS = Path(__file__).resolve().with_name("answers.py")
 START_SECONDS = 60.0  # for a child to import sympy, which takes 0.5 on a quiet machine
 WALL_SECONDS = 60.0  # for a child that no longer runs at all; its own limit counts processor time
 TRIES = 3  # how many children one answer may lose to something else than itself
 CACHED = 100_000  # how many verdicts are remembered
+LOST = ("timeouts", "kills", "failed")  # no verdicts, but what became of a child
 BROKEN = 0.2  # if more than this share of the new answers fails, the verifier is broken, not the answers
 
 # What ended a child. An exit without an error is its own wish for a successor; these signals come from
@@ -36,9 +38,10 @@ class VerifierBroken(RuntimeError):
 
 
 class Child:
-    """A process that judges one answer at a time. Only one thread at a time may use it."""
+    """A process that runs `script` and judges one answer at a time. Only one thread at a time may use it."""
 
-    def __init__(self):
+    def __init__(self, script: Path):
+        self.script = script
         self.process = None
         self.start()
 
@@ -50,9 +53,10 @@ class Child:
         environment["OMP_NUM_THREADS"] = "1"
         environment["PYTHONHASHSEED"] = "0"  # the same verdict in every child
         environment["LD_PRELOAD"] = ""
+        environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), environment.get("PYTHONPATH", "")])
         self.ready = False
         self.process = subprocess.Popen(
-            [sys.executable, "-P", str(ANSWERS)],
+            [sys.executable, "-P", str(self.script)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
@@ -79,8 +83,8 @@ class Child:
         self.close()
 
     def judge(self, gold: str, answer: str) -> str:
-        """The verdict: `right` or `wrong`; `timeouts` or `kills` if the answer cost the child its life;
-        `failed` if no child could be started, or if several were killed from outside."""
+        """The verdict, which is the script's word (`right` or `wrong`, or a score); `timeouts` or `kills` if the answer
+        cost the child its life; `failed` if no child could be started, or if several were killed from outside."""
         if self.process is None:  # the latest attempt to start one did not succeed
             self.start()
         question = json.dumps([gold, answer]).encode() + b"\n"
@@ -121,11 +125,12 @@ class Child:
 
 
 class Grader:
-    """Judges pairs (gold, answer) in `workers` children, and remembers the verdicts. Any thread may use
-    it."""
+    """Judges pairs (gold, answer) in `workers` children that run `script`, and remembers the verdicts. Any thread may
+    use it."""
 
-    def __init__(self, workers: int = 2):
+    def __init__(self, workers: int = 2, script: Path = ANSWERS):
         self.workers = workers
+        self.script = script
         self.forget()
         os.register_at_fork(after_in_child=self.forget)
 
@@ -142,7 +147,7 @@ class Grader:
         with self.lock:
             if self.pool is None:
                 for _ in range(self.workers):
-                    self.idle.put(Child())
+                    self.idle.put(Child(self.script))
                 self.pool = ThreadPoolExecutor(self.workers, "grader")
 
     def judge(self, pairs: Counter) -> dict[tuple[str, str], str]:
@@ -163,7 +168,7 @@ class Grader:
                 if new.total() >= 20 and failed > BROKEN * new.total():
                     raise VerifierBroken(
                         f"the verifier failed on {failed} of {new.total()} answers, so scores would mean nothing; "
-                        f"`{sys.executable} {ANSWERS}` shows the error"
+                        f"`{sys.executable} -m tasks.{self.script.stem}` shows the error"
                     )
         finally:
             for job in jobs.values():
@@ -190,10 +195,10 @@ class Grader:
         return found
 
     def remember(self, verdicts: dict[tuple[str, str], str]) -> None:
-        """Only `right` and `wrong` are for ever; a timeout is tried anew."""
+        """Verdicts are for ever; what cost a child its life is tried anew."""
         with self.lock:
             for pair, verdict in verdicts.items():
-                if verdict in ("right", "wrong"):
+                if verdict not in LOST:
                     self.verdicts[pair] = verdict
             while len(self.verdicts) > CACHED:
                 self.verdicts.popitem(last=False)

@@ -137,11 +137,6 @@ def is_task(name: str) -> bool:
     return name.endswith(".py")
 
 
-def scorer_of(task: str) -> str:
-    """The name of a task's own score."""
-    return f"{task}:score"
-
-
 def problems(task: str) -> tuple[list[tuple], list[tuple], str]:
     """Rows to train on and held-out ones (problem, answer, gold, row) of a task in a file, and a line about them. The
     split depends on the rows alone, so that eval.py asks what training has held out. ValueError or FileNotFoundError,

@@ -1,7 +1,7 @@
 """The prompts of a run: from the embedded task, or from data; cleaned, split, and as token ids."""
 
 from support import ranks
-from tasks import benchmarks, data, own, tiny
+from tasks import benchmarks, data, gym, own, tiny
 
 
 def load_prompts(cfg, tokenizer, model=None) -> tuple[list[data.Prompt], list[data.Prompt]]:
@@ -11,10 +11,11 @@ def load_prompts(cfg, tokenizer, model=None) -> tuple[list[data.Prompt], list[da
     instruction = cfg.instruction
     scorers = [own.Scorer(name) for name in {cfg.reward: 0, cfg.judge: 0} if own.is_own(name)]
     if cfg.task:
-        pairs, held_out, note = own.problems(cfg.task)
+        source = gym if gym.is_task(cfg.task) else own
+        pairs, held_out, note = source.problems(cfg.task)
         held_out = held_out[: cfg.eval_prompts]
         notes.append(note)
-        instruction = "none" if instruction == "auto" else instruction  # rows() writes whole prompts
+        instruction = "none" if instruction == "auto" else instruction  # rows are whole prompts
     elif cfg.data:
         # A built-in judge needs golds that it can read; functions of the user's take any.
         built_in = not own.is_own(cfg.reward) or (cfg.judge and not own.is_own(cfg.judge))

@@ -16,14 +16,19 @@ What one prompt teaches about others decides whether replay pays (lab/LOG.md), s
     digits   200 digit facts, each in some thirty of the 2,000 prompts: what one teaches, many need
     columns  the same facts with an error rate of their own in each column: 800, each in some eight prompts
     none     512 prompts to know by heart, 4071 =37: whatever is learnt on one is of no use to another
+
+In the same way a small model is made for `--task gym:mini_countdown` of reasoning-gym (gym.py): a pupil who sees a
+solution of most problems, but writes a wrong sign into it at a rate of its own for each kind of them.
 """
 
 import argparse
 import fcntl
 import functools
+import itertools
 import json
 import math
 import random
+import re
 import shutil
 import sys
 from collections.abc import Callable
@@ -31,11 +36,12 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from support.config import OUT
-from tasks import data
+from support.config import GYM, OUT
+from tasks import data, gym
 
 ALPHABET = "0123456789+-="
 STEPS = {"digits": 1600, "columns": 3000, "none": 1600}  # of its training, for each --sharing
+GYM_STEPS = {"mini_countdown": 2000}  # the same for tasks of reasoning-gym
 LOOKUPS = 512  # prompts of --sharing none
 HELD_OUT = 400  # problems
 # What replaces the defaults of train.py, for a demo of minutes.
@@ -77,14 +83,15 @@ def arithmetic(count: int, seed: int = 0) -> list[data.Pair]:
     raise ValueError(f"the embedded task has no {count} different problems of these sizes; ask for fewer")
 
 
-def make_tokenizer(alphabet: str = ALPHABET):
-    """One token a character, padded on the left, as the rollout engines want it."""
+def make_tokenizer(alphabet=ALPHABET, split: str = "."):
+    """Text is cut into what matches `split` and what stands between: one token a character, unless said otherwise.
+    Padded on the left, as the rollout engines want it."""
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
     vocabulary = {token: i for i, token in enumerate(["<pad>", "<eos>", *alphabet])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(split), "isolated")
     tokenizer.decoder = decoders.Fuse()
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>", padding_side="left"
@@ -188,8 +195,92 @@ class Rote:
         return f"={self.wrong[question] if rng.random() < self.error_rate[question] else first}{second}"
 
 
-def make_pupil(sharing: str) -> Pupil | Rote:
+class Solver:
+    """Countdown of three numbers, as reasoning-gym asks it: finds a solution, but writes another second sign at a rate
+    of its own for each pair of signs and each last digit of the target, always alike."""
+
+    SIGNS = "+-*"
+    MOST = 99  # largest target
+
+    # A number is one token, and so is what stands between two of them.
+    split = r"\d+|</?answer>"
+
+    def __init__(self, seed: int = 7):
+        rng = random.Random(seed)
+        kinds = list(itertools.product(self.SIGNS, self.SIGNS, range(10)))
+        self.error_rate = {kind: rng.choices((0.0, 0.5, 0.9), (0.45, 0.2, 0.35))[0] for kind in kinds}
+        self.wrong = {kind: rng.choice([sign for sign in self.SIGNS if sign != kind[1]]) for kind in kinds}
+
+        # The words of the questions are reasoning-gym's. Large targets are nowhere else in them.
+        self.templates = set()
+        (part,) = gym.parts_of(f"{GYM}mini_countdown")
+        for entry in gym.entries(part, seed, 200):
+            numbers, target = entry["metadata"]["numbers"], str(entry["metadata"]["target"])
+            text = gym.text_of(entry).replace(", ".join(map(str, numbers)), "NUMBERS")
+            if int(target) > 20 and text.count(target) == 1:
+                self.templates.add(text.replace(target, "TARGET"))
+        self.templates = sorted(self.templates)
+        pieces = {"(", "+", "-", "*", ")*"}
+        for text in self.templates:
+            text = text.replace("NUMBERS", "1, 1, 1").replace("TARGET", "1")
+            pieces |= set(re.split(rf"({self.split})", text)) - {""}
+        self.tokens = sorted(pieces | {str(number) for number in range(self.MOST + 1)})
+
+    def questions(self, count: int, seed: int) -> list[str]:
+        """Made as reasoning-gym makes them, which takes too long for as many."""
+        rng = random.Random(seed)
+        made = []
+        while len(made) < count:
+            numbers = [rng.randint(1, 20) for _ in range(3)]
+            target = value(*numbers, rng.choice(self.SIGNS), rng.choice(self.SIGNS))
+            if 1 <= target <= self.MOST:
+                rng.shuffle(numbers)
+                text = rng.choice(self.templates)
+                made.append(text.replace("NUMBERS", ", ".join(map(str, numbers))).replace("TARGET", str(target)))
+        return made
+
+    def solution(self, question: str) -> tuple[list[int], int, str, str]:
+        """Numbers in their order, target and signs of the first solution."""
+        listed = re.search(r"\d+, \d+, \d+", question)[0]
+        target = int(re.search(r"\d+", question.replace(listed, ""))[0])
+        for numbers in itertools.permutations(map(int, listed.split(", "))):
+            for first, second in itertools.product(self.SIGNS, self.SIGNS):
+                if value(*numbers, first, second) == target:
+                    return numbers, target, first, second
+        raise ValueError(f"no solution to {question!r}")
+
+    def pass_rate(self, question: str) -> float:
+        _, target, first, second = self.solution(question)
+        return 1 - self.error_rate[first, second, target % 10]
+
+    def answer(self, question: str, rng: random.Random) -> str:
+        (a, b, c), target, first, second = self.solution(question)
+        kind = first, second, target % 10
+        if rng.random() < self.error_rate[kind]:
+            second = self.wrong[kind]
+        inner = f"({a}{first}{b})" if second == "*" and first != "*" else f"{a}{first}{b}"
+        return f"<answer>{inner}{second}{c}</answer>"
+
+
+def value(a: int, b: int, c: int, first: str, second: str) -> int:
+    """Of (a first b) second c, signs among + - *."""
+    inner = {"+": a + b, "-": a - b, "*": a * b}[first]
+    return {"+": inner + c, "-": inner - c, "*": inner * c}[second]
+
+
+def make_pupil(sharing: str) -> Pupil | Rote | Solver:
+    """ValueError for a task of reasoning-gym for which there is none, as `kind_of` names it."""
+    if sharing in GYM_STEPS:
+        return Solver()
+    if sharing not in STEPS:
+        made = ", ".join(GYM + name for name in GYM_STEPS)
+        raise ValueError(f"--task {GYM}{sharing} needs a --model; a small one is made for {made} alone")
     return Rote() if sharing == "none" else Pupil(by_column=sharing == "columns")
+
+
+def kind_of(task: str, sharing: str = "digits") -> str:
+    """Which small model is made: for a task of reasoning-gym the one of its name, else that of --sharing."""
+    return task.removeprefix(GYM).partition(",")[0] if gym.is_task(task) else sharing
 
 
 def problems(sharing: str, held_out: int, difficulty=(0.0, 1.0), most: int = 0) -> tuple[list, list]:
@@ -204,6 +295,23 @@ def problems(sharing: str, held_out: int, difficulty=(0.0, 1.0), most: int = 0) 
     pairs = arithmetic(2000 + kept if (low, high) == (0, 1) else 20_000)
     pairs = [pair for pair in pairs if low <= pupil.pass_rate(pair[0]) <= high]
     return pairs[kept:][: most or 2000], pairs[:held_out]
+
+
+def shape(sharing: str):
+    """Config and tokenizer of an embedded model."""
+    pupil = make_pupil(sharing)
+    return make_model(0, **settings_of(pupil)).config, tokenizer_of(pupil)
+
+
+def tokenizer_of(pupil):
+    return make_tokenizer(pupil.tokens, pupil.split) if isinstance(pupil, Solver) else make_tokenizer()
+
+
+def settings_of(pupil) -> dict:
+    """What is another than the embedded model's in the configuration of the model that `pupil` teaches."""
+    if not isinstance(pupil, Solver):
+        return {}
+    return {"vocab_size": len(pupil.tokens) + 2, "gym_task": "mini_countdown"}  # by which `sharing_of` knows it
 
 
 def train(model, tokenizer, pupil, seed: int, steps: int, batch: int = 32, lr: float = 3e-3) -> float:
@@ -225,7 +333,8 @@ def train(model, tokenizer, pupil, seed: int, steps: int, batch: int = 32, lr: f
         # Padding on the right needs no mask: no token looks ahead.
         ids = tokenizer(texts, padding=True, padding_side="right", return_tensors="pt")["input_ids"]  # [batch, T]
         labels = ids.masked_fill(ids == tokenizer.pad_token_id, -100)
-        labels[:, : len(questions[0])] = -100  # questions are of one length
+        asked = len(tokenizer(questions[0])["input_ids"])  # questions are of one length
+        labels[:, :asked] = -100
         loss = model(input_ids=ids, labels=labels).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -250,12 +359,14 @@ def is_made(out: Path) -> bool:
 
 
 def sharing_of(path: str) -> str:
-    """Which embedded task a model's folder is of, as --sharing names it; "" for any other model."""
+    """Which embedded task a model's folder is of, as `kind_of` names it; "" for any other model."""
     folder = Path(path)
     try:
         config = json.loads((folder / "config.json").read_text())
     except (OSError, ValueError):
         return ""
+    if config.get("gym_task") in GYM_STEPS:
+        return config["gym_task"]
     own = make_config()
     if any(config.get(name) != getattr(own, name) for name in ("model_type", "vocab_size", "hidden_size")):
         return ""
@@ -269,8 +380,9 @@ def sharing_of(path: str) -> str:
 
 def make(out: str | Path, seed: int = 0, steps: int = 0, sharing: str = "digits") -> Path:
     """Trains the embedded model into folder `out`, or returns at once if it is there already. steps 0: as
-    STEPS has."""
-    return make_once(Path(out), functools.partial(taught, seed, steps or STEPS[sharing], sharing))
+    STEPS has. ValueError as for `make_pupil`."""
+    usual = (STEPS | GYM_STEPS).get(sharing, 0)
+    return make_once(Path(out), functools.partial(taught, seed, steps or usual, sharing))
 
 
 def make_once(out: Path, teach: Callable) -> Path:
@@ -295,8 +407,9 @@ def make_once(out: Path, teach: Callable) -> Path:
 
 def taught(seed: int, steps: int, sharing: str) -> tuple:
     """The tokenizer and the embedded model."""
-    tokenizer, model = make_tokenizer(), make_model(seed)
-    train(model, tokenizer, make_pupil(sharing), seed, steps)
+    pupil = make_pupil(sharing)
+    tokenizer, model = tokenizer_of(pupil), make_model(seed, **settings_of(pupil))
+    train(model, tokenizer, pupil, seed, steps)
     return tokenizer, model
 
 
@@ -316,6 +429,7 @@ if __name__ == "__main__":
     parser.add_argument("--out", default="tiny-model", help="folder to write (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="seed of weights and lessons (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=0, help="training steps (default: as STEPS has)")
-    parser.add_argument("--sharing", choices=STEPS, default="digits", help="of facts (default: %(default)s)")
+    kinds = [*STEPS, *GYM_STEPS]
+    parser.add_argument("--sharing", choices=kinds, default="digits", help="of facts, or a task of reasoning-gym")
     arguments = parser.parse_args()
     print(f"the embedded model is in {make(arguments.out, arguments.seed, arguments.steps, arguments.sharing)}")

@@ -11,7 +11,7 @@ import train
 from lab import compare
 from replay import Group
 from support import config, plot
-from tasks import data, own, tiny
+from tasks import benchmarks, data, own, tiny
 from tests.helpers import group
 
 TINY = str(tiny.home())
@@ -255,7 +255,7 @@ def test_the_task_of_the_documentation_scores_its_own_words(tmp_path):
     path = write(tmp_path / "my_task.py", example("def rows()"))
     training, held_out, _ = own.problems(path)
     prompts = [data.Prompt(i, *pair[:2], (1,), *pair[2:]) for i, pair in enumerate(training[:2])]
-    scorer = own.Scorer(own.scorer_of(path))
+    scorer = own.Scorer(config.scorer_of(path))
     scorer.check(prompts)
     answers = [prompts[0].row["word"][::-1], "no"]
     assert scorer.of_prompts(answers, prompts, [5, 2], [False] * 2) == [1.0, 0.0] and len(held_out) > 100
@@ -330,7 +330,7 @@ def test_eval_knows_the_embedded_model_when_it_sees_it(tmp_path, place, sharing)
     config.save_pretrained(folder)
     assert tiny.sharing_of(str(folder)) == sharing
     cfg = eval.settled(eval.Config(model=str(folder)), [])
-    names = {"digits": ("embedded",), "": tuple(eval.BENCHMARKS)}
+    names = {"digits": ("embedded",), "": tuple(benchmarks.BENCHMARKS)}
     assert cfg.benchmarks == names.get(sharing, (f"embedded-{sharing}",))
     assert cfg.max_tokens == (15 if sharing else 7168) and tiny.sharing_of(str(tmp_path / "nowhere")) == ""
 

@@ -271,7 +271,7 @@ def test_stages_of_the_documentation_are_scored_each_by_its_own_task(tmp_path, m
     training, held_out, _ = own.problems(path)
     assert {pair[3]["stage"] for pair in training} == {0, 1} and len(training) + len(held_out) == 40
     prompts = [data.Prompt(i, *pair[:2], (1,), *pair[2:]) for i, pair in enumerate(training)]
-    rewards = own.Scorer(own.scorer_of(path)).of_prompts(["a"] * 36, prompts, [1] * 36, [False] * 36)
+    rewards = own.Scorer(config.scorer_of(path)).of_prompts(["a"] * 36, prompts, [1] * 36, [False] * 36)
     assert rewards == [1.0 if prompt.text.startswith("easy") else 0.5 for prompt in prompts]
 
 

@@ -269,13 +269,20 @@ def value(a: int, b: int, c: int, first: str, second: str) -> int:
 
 
 def make_pupil(sharing: str) -> Pupil | Rote | Solver:
-    """ValueError for a task of reasoning-gym for which there is none, as `kind_of` names it."""
+    """sharing: as `kind_of` names it. ValueError as for `steps_of`."""
     if sharing in GYM_STEPS:
         return Solver()
-    if sharing not in STEPS:
+    steps_of(sharing)
+    return Rote() if sharing == "none" else Pupil(by_column=sharing == "columns")
+
+
+def steps_of(sharing: str) -> int:
+    """Of a small model's training. ValueError for a task of reasoning-gym for which none is made."""
+    steps = STEPS | GYM_STEPS
+    if sharing not in steps:
         made = ", ".join(GYM + name for name in GYM_STEPS)
         raise ValueError(f"--task {GYM}{sharing} needs a --model; a small one is made for {made} alone")
-    return Rote() if sharing == "none" else Pupil(by_column=sharing == "columns")
+    return steps[sharing]
 
 
 def kind_of(task: str, sharing: str = "digits") -> str:
@@ -380,9 +387,8 @@ def sharing_of(path: str) -> str:
 
 def make(out: str | Path, seed: int = 0, steps: int = 0, sharing: str = "digits") -> Path:
     """Trains the embedded model into folder `out`, or returns at once if it is there already. steps 0: as
-    STEPS has. ValueError as for `make_pupil`."""
-    usual = (STEPS | GYM_STEPS).get(sharing, 0)
-    return make_once(Path(out), functools.partial(taught, seed, steps or usual, sharing))
+    STEPS has. ValueError as for `steps_of`."""
+    return make_once(Path(out), functools.partial(taught, seed, steps or steps_of(sharing), sharing))
 
 
 def make_once(out: Path, teach: Callable) -> Path:

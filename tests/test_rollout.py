@@ -587,7 +587,8 @@ class Recorder:
 def recording_engine(dtype: str, error: float, sleeps: bool):
     engine = object.__new__(rollout.VLLMEngine)
     engine.llm, engine.sleeps, engine.asleep, engine.dtype = Recorder(), sleeps, False, getattr(torch, dtype)
-    engine._difference = lambda model: error
+    engine.before = None
+    engine._probe = lambda model: (torch.tensor([0.0, error]), torch.zeros(2))
     return engine
 
 
@@ -602,7 +603,46 @@ def test_sync_stops_beyond_its_bound(small, dtype, error, stops):
         with pytest.raises(RuntimeError, match="does not follow the trainer"):
             engine.sync(small)
     else:
-        assert engine.sync(small) == error
+        assert engine.sync(small) == pytest.approx(error)
+
+
+def test_sync_stops_an_engine_that_stands_still(small):
+    """However small the update was. It may have moved nothing that shows, or been none at all."""
+    engine = recording_engine("bfloat16", 0.0, sleeps=False)
+    first = torch.randn(128)
+    little = first + 1e-6 * (torch.arange(128) < 20)
+    slightly = first + 1e-6 * (torch.arange(128) % 2)
+    for now in ((first, first), (first, first), (first, little)):
+        engine._probe = lambda model, now=now: now
+        engine.sync(small)
+    engine._probe = lambda model: (first, slightly)
+    for _ in range(2):  # until it follows
+        with pytest.raises(
+            rollout.EngineAstray, match="what they were before, and the trainer's have changed"
+        ) as error:
+            engine.sync(small)
+    assert "\n" not in str(error.value)
+    for now in ((slightly, slightly), (slightly[1:], little[1:])):  # it follows; and an answer ended earlier
+        engine._probe = lambda model, now=now: now
+        engine.sync(small)
+
+
+@with_vllm
+@pytest.mark.parametrize("lr", [1e-6, 1e-5])
+def test_an_update_of_rl_that_was_missed_is_found(case, monkeypatch, lr):
+    """Smaller than rounding in bfloat16."""
+    model = copy.deepcopy(case.model)
+    with torch.no_grad():
+        model.get_input_embeddings().weight[0] = 0.1  # of padding: from zeros, any step is a long way
+    assert case.engine.sync(model) < case.bound
+    train_step(model, lr)
+    with monkeypatch.context() as patch:
+        patch.setattr(case.engine, "_push", lambda model: None)
+        with pytest.raises(rollout.EngineAstray, match="what they were before"):
+            case.engine.sync(model)
+    assert case.engine.sync(model) < case.bound  # taken now
+    assert case.engine.sync(model) < case.bound  # and no update is no mistake
+    case.engine.sync(case.model)
 
 
 @pytest.mark.parametrize("resident", [False, True])
@@ -673,11 +713,11 @@ def test_vllm_follows_an_optimiser_step_by_a_sync_and_not_before(case):
         train_step(model)
     unsynced = case.engine.generate(prompts(), 1, seed=0, step=1, temperature=0.0)
     assert all(torch.equal(a.logprobs[0], b.logprobs[0]) for a, b in zip(before, unsynced, strict=True))
-    assert case.engine._difference(rollout.Policy(model)) > rollout.SYNC_BOUND[getattr(torch, case.dtype)]
+    assert difference(case.engine, model) > rollout.SYNC_BOUND[getattr(torch, case.dtype)]
     assert case.engine.sync(model) < case.bound
     assert largest_error(model, prompts(), case.engine.generate(prompts(), 4, seed=0, step=2)) < case.bound
     train_step(model)  # in place: the engine must hold a copy
-    assert case.engine._difference(rollout.Policy(model)) > case.bound
+    assert difference(case.engine, model) > case.bound
     assert case.engine.sync(case.model) < case.bound
 
 
@@ -693,6 +733,12 @@ def test_vllm_leaves_no_mark_on_the_trainer(case):
     assert torch.get_num_threads() == threads + 1
     torch.set_num_threads(threads)
     assert torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
+
+
+def difference(engine, model) -> float:
+    """The largest of the engine's log-probs from the trainer's, as a sync sees them."""
+    engines, trainers = engine._probe(rollout.Policy(model, str(engine.dtype).removeprefix("torch.")))
+    return (engines - trainers).abs().max().item()
 
 
 def follows(engine, model) -> bool:
@@ -817,7 +863,8 @@ ranks.shard(policy, list(model.model.layers), False)
 with torch.no_grad():
     for weight in policy.parameters():
         weight.mul_(-1.2)
-assert engine._difference(policy) > rollout.SYNC_BOUND[engine.dtype]
+engines, trainers = engine._probe(policy)
+assert (engines - trainers).abs().max() > rollout.SYNC_BOUND[engine.dtype]
 assert engine.sync(policy) < t.BOUND["float32"]
 engine.close()
 ranks.stop()

@@ -11,7 +11,6 @@ else: with top-p or top-k the log-probs would be those of another distribution.
 
 import copy
 import hashlib
-import importlib.util
 
 import torch
 
@@ -19,6 +18,7 @@ from grpo import Answer, Policy
 from replay import Group
 from support import decode, ranks, vllm_quirks
 from support.model import check_context, load_model
+from support.vllm_quirks import choose_engine
 from tasks.data import Prompt
 
 
@@ -100,7 +100,8 @@ STILL = 0.25  # share of the trainer's log-probs that have changed: so many do n
 
 
 class VLLMEngine:
-    """Samples with vLLM in the trainer's process, on a GPU or a CPU. Without a model it reads the weights at `path`.
+    """Samples with vLLM in the trainer's process, on a GPU or a CPU. Without a model it reads the weights at `path`;
+    with one, it has none until the first sync.
 
     It leaves a default process group behind. There may be one engine at a time: when one is collected as garbage,
     vLLM destroys the process groups of all.
@@ -122,7 +123,7 @@ class VLLMEngine:
             "dtype": cfg.dtype,
             "max_model_len": cfg.max_prompt_tokens + cfg.max_tokens,
             "max_num_seqs": cfg.rollout_batch,
-            "load_format": "auto" if model is None else "dummy",  # random, until the first push
+            "load_format": "auto" if model is None else "dummy",  # random, until the first sync
             "skip_tokenizer_init": True,  # token ids in and out
             "logprobs_mode": "processed_logprobs",  # of what was sampled from, at its temperature
             "enable_prefix_caching": True,  # the answers of a group share its prompt
@@ -140,7 +141,6 @@ class VLLMEngine:
         self.sampling |= {"logprobs": 0, "flat_logprobs": True, "detokenize": False}
         if model is not None:
             self.probes = make_probes(model.config.get_text_config().vocab_size)
-            self.sync(model)
 
     def generate(self, prompts: list[Prompt], n, seed, step, temperature=None, limit=0) -> list[Group]:
         """`n` answers to each prompt, as groups born at `step`, without rewards. limit: most tokens of an answer, if
@@ -287,17 +287,3 @@ def make_engine(kind: str, model, model_path: str, stop_ids, cfg) -> Transformer
         return VLLMEngine(model, model_path, stop_ids, cfg)
     except (ImportError, KeyError, TypeError, ValueError, RuntimeError) as error:
         raise ValueError(f"vLLM cannot run {model_path}: {vllm_quirks.explain(error)}") from error
-
-
-def choose_engine(kind: str) -> tuple[str, str]:
-    """The name of an engine, and why it is that one. ValueError if it is not installed."""
-    installed = importlib.util.find_spec("vllm") is not None
-    if kind == "vllm" and not installed:
-        raise ValueError("vLLM is not installed: pip install -r requirements.txt, or --engine transformers")
-    if kind != "auto":
-        return kind, "asked for"
-    if not torch.cuda.is_available():
-        return "transformers", "no CUDA GPU here"
-    if not installed:
-        return "transformers", "vLLM is not installed"
-    return "vllm", "CUDA GPU and vLLM are here"

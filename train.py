@@ -225,7 +225,7 @@ class Run:
             rule.attach(self)
         if cfg.resume:
             checkpoint.resume(self, FREE)
-            self.engine.sync(self.policy)
+        self.engine.sync(self.policy)
 
 
 def dry_run(cfg: Config, given: list[str]) -> str:

@@ -573,6 +573,7 @@ def on_vllm(work) -> dict:
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
         engine = rollout.VLLMEngine(model, folder, [], cfg)  # nothing ends an answer but its length
+        engine.sync(model)
         found = work(engine, model)
         engine.close()
     return found

@@ -11,8 +11,9 @@ from support.logprobs import has_varlen, pack
 def load_model(path: str, gradient_checkpointing: bool = False, device: str | None = None):
     """Model in float32 (bf16 weights do not move at lr 1e-6), tokenizer, and the ids that end an answer.
 
-    The model is on the GPU if there is one, but for several ranks on the CPU: sharding takes it from there layer by
-    layer, since it need not fit. ValueError, in one line, if no model can be loaded from `path`.
+    The model is on the GPU if there is one. For several ranks it is on the CPU, and only the first one has read its
+    weights: sharding takes them from there layer by layer (ranks.shard), since no GPU need hold them. ValueError, in
+    one line, if no model can be loaded from `path`.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer, logging
 
@@ -20,7 +21,10 @@ def load_model(path: str, gradient_checkpointing: bool = False, device: str | No
     logging.disable_progress_bar()
     try:
         tokenizer = AutoTokenizer.from_pretrained(path)
-        model, report = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, output_loading_info=True)
+        if ranks.is_main():
+            model, report = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, output_loading_info=True)
+        else:
+            model = without_weights(path)
     except Exception as error:  # transformers raises half a dozen kinds here, some with pages of text
         first = str(error).strip().split("\n")[0]
         raise ValueError(
@@ -28,7 +32,8 @@ def load_model(path: str, gradient_checkpointing: bool = False, device: str | No
             "a folder with config, weights and tokenizer"
         ) from error
 
-    check_weights(path, model, report)
+    if ranks.is_main():
+        check_weights(path, model, report)
 
     # An answer may end in any of the ids that the model's own generation stops at.
     stop = model.generation_config.eos_token_id
@@ -37,6 +42,7 @@ def load_model(path: str, gradient_checkpointing: bool = False, device: str | No
     stop_ids.discard(None)
     if not all(isinstance(one, int) for one in stop_ids):
         raise ValueError(f"eos_token_id {stop!r} of the model in {path} is no number of a token; mend its config")
+    stop_ids = ranks.from_main(sorted(stop_ids))
 
     if gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -44,7 +50,19 @@ def load_model(path: str, gradient_checkpointing: bool = False, device: str | No
         device = "cuda" if torch.cuda.is_available() and ranks.WORLD == 1 else "cpu"
     model = model.to(device).eval()
     without_dropout(model)
-    return model, tokenizer, sorted(stop_ids)
+    return model, tokenizer, stop_ids
+
+
+def without_weights(path: str):
+    """The model at `path` in float32, its weights not read. They have addresses and take no memory: the system gives
+    that when they are first written."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.initialization import no_init_weights
+
+    with no_init_weights():
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(path), dtype=torch.float32)
+    model.tie_weights()
+    return model
 
 
 def check_weights(path: str, model, report: dict) -> None:
@@ -98,6 +116,8 @@ def use_varlen_attention(model, dtype: str = "bfloat16") -> bool:
 def check_policy(policy) -> None:
     """ValueError where the forward of `policy` (grpo.Policy) is not the model's own: heads that scale, cap
     or shift their logits, and layers that do not keep packed answers apart."""
+    if not ranks.is_main():
+        return  # its weights have not been read
     model = policy.model
     low = has_varlen(model)  # these kernels know no float32
     vocabulary = model.get_input_embeddings().num_embeddings

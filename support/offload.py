@@ -88,6 +88,7 @@ def working_copy(masters: torch.nn.Module, dtype: str, device: str | None = None
         kind = torch.bfloat16 if id(parameter) in low else parameter.dtype
         weight = torch.nn.Parameter(parameter.detach().to(device, kind, copy=True))
         weight.grad_dtype = torch.float32
+        weight.master_on_host = True  # for who asks what the optimiser will take of the GPU
         memo[id(parameter)] = weight
     return copy.deepcopy(masters, memo).to(device)
 

@@ -169,13 +169,21 @@ def lost_reader() -> None:
 
 def shard(module: torch.nn.Module, layers: list[torch.nn.Module], bfloat16: bool) -> None:
     """Shards parameters, gradients and optimiser states over all ranks, each of `layers` on its own;
-    weights stay in float32, computation is in bfloat16, gradients are reduced in float32."""
+    weights stay in float32, computation is in bfloat16, gradients are reduced in float32.
+
+    The weights are those of the first rank. Of the others none needs memory for more than a layer, and its shards.
+    """
     if WORLD == 1:
         return
     options = {}
     if bfloat16:
         options["mp_policy"] = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     for part in [*layers, module]:
+        for weight in part.parameters():
+            if not isinstance(weight, DTensor):
+                weight.data = weight.data.to(device)
+                dist.broadcast(weight.data, 0)
         fully_shard(part, **options)
 
 

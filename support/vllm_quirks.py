@@ -1,5 +1,6 @@
 """What vLLM needs and does, unexpectedly, where it lives in the trainer's process; each with its reason.
 
+- choose_engine: whether vLLM is the engine of this machine
 - vllm_options: the user's own settings for vLLM, from --vllm
 - machine_settings: ours that depend on the machine
 - share_left: how much of the GPU the trainer leaves to vLLM
@@ -11,6 +12,7 @@
 """
 
 import contextlib
+import importlib.util
 import json
 import os
 import random
@@ -41,6 +43,20 @@ CHECKED = {
     "kv_cache_memory_bytes": int,
     "enable_sleep_mode": bool,
 }
+
+
+def choose_engine(kind: str) -> tuple[str, str]:
+    """The name of an engine, and why it is that one. ValueError if it is not installed."""
+    installed = importlib.util.find_spec("vllm") is not None
+    if kind == "vllm" and not installed:
+        raise ValueError("vLLM is not installed: pip install -r requirements.txt, or --engine transformers")
+    if kind != "auto":
+        return kind, "asked for"
+    if not torch.cuda.is_available():
+        return "transformers", "no CUDA GPU here"
+    if not installed:
+        return "transformers", "vLLM is not installed"
+    return "vllm", "CUDA GPU and vLLM are here"
 
 
 def vllm_options(cfg) -> dict:
@@ -136,8 +152,8 @@ def trainer_to_come(model) -> int:
     have been sharded. Moments of eight bits are counted as whole ones.
     """
     weights = [weight for weight in model.parameters() if weight.requires_grad]
-    # Where the trainer computes with bf16 weights, the float32 masters and all moments are kept on the host.
-    if any(weight.dtype != torch.float32 for weight in weights):
+    # A working copy: its masters and all moments are on the host.
+    if any(getattr(weight, "master_on_host", False) for weight in weights):
         return 0
     count = sum(weight.numel() for weight in weights)
     if ranks.WORLD == 1:

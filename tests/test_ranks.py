@@ -15,10 +15,14 @@ import pytest
 import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
+import grpo
 import reward
 import train
+from lab import contenders
 from support import config, lives, plot, ranks
+from support.model import check_policy, load_model
 from tasks import tiny
 
 FLAGS = [
@@ -233,6 +237,48 @@ def test_ranks_share_gather_and_agree(tmp_path):
     for r in results:
         assert r["gathered"] == [0, 10, 20, 30, 40, 50, 60] and r["few"] == [5] and r["none"] == []
         assert r["main"] == "rank 0" and r["total"] == [6.0, 1.5] and r["largest"] == 2
+
+
+def load_in_one_process(rank: int, world: int, port: int, out: str) -> None:
+    """How much memory a model takes once it is loaded, and once it is sharded, as shares of its size; and whether all
+    weights are those of the file."""
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": str(rank), "WORLD_SIZE": str(world)}
+    ranks.start()
+
+    def refuse(*_, **__):
+        raise AssertionError("another rank reads the weights")
+
+    if rank:
+        AutoModelForCausalLM.from_pretrained = refuse
+    before = contenders.resident_mb()
+    model, _, stop_ids = load_model(f"{out}/model")
+    loaded = contenders.resident_mb() - before
+    policy = grpo.Policy(model)
+    check_policy(policy)
+    ranks.shard(policy, list(model.model.layers), False)
+    sharded = contenders.resident_mb() - before
+    right = load_file(f"{out}/model/model.safetensors")
+    names = dict(model.named_parameters())
+    equal = all(torch.equal(ranks.whole(weight.detach()), right[name].float()) for name, weight in names.items())
+    size = sum(weight.numel() for weight in names.values()) * 4 / 2**20
+    result = {"loaded": loaded / size, "sharded": sharded / size, "equal": equal, "stop": stop_ids}
+    result["names"] = names.keys() == right.keys()
+    result["buffers"] = [buffer.tolist() for buffer in model.buffers()]
+    with open(f"{out}/{rank}.json", "w") as file:
+        json.dump(result, file)
+    dist.destroy_process_group()
+
+
+def test_only_the_first_rank_reads_the_weights_and_the_others_have_no_memory_for_them(tmp_path):
+    """120 MB of weights on two ranks."""
+    shape = contenders.SMALL | {"hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 8}
+    contenders.write_model(shape | {"vocab_size": 4000, "tie_word_embeddings": False}, tmp_path)
+    torch.multiprocessing.spawn(load_in_one_process, (2, free_port(), str(tmp_path)), nprocs=2)
+    one, two = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))
+    assert one["equal"] and two["equal"] and one["names"] and two["names"]
+    assert one["stop"] == two["stop"] == [1, 999] and one["buffers"] == two["buffers"]
+    assert one["loaded"] > 0.9 and two["loaded"] < 0.2
+    assert two["sharded"] < 0.8, two["sharded"]  # its half, and a layer
 
 
 def test_one_process_is_its_own_whole():

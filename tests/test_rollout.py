@@ -23,7 +23,7 @@ import pytest
 import torch
 
 import rollout
-from support import decode, plot, vllm_quirks
+from support import decode, offload, plot, vllm_quirks
 from support.config import ROOT
 from tasks import tiny
 from tasks.data import Prompt
@@ -139,6 +139,8 @@ def case(request, tmp_path_factory):
     model = make_model(architecture, tied, folder)
     before = marks()
     engine = rollout.make_engine(kind, None if disk else model, folder, STOP, dataclasses.replace(CFG, dtype=dtype))
+    if not disk:
+        engine.sync(model)
     yield SimpleNamespace(
         engine=engine, model=model, kind=kind, dtype=dtype, bound=BOUND[dtype], tied=tied == "tied",
         untouched=before == marks(),
@@ -488,8 +490,9 @@ def test_vllm_gets_what_the_trainer_leaves(small, monkeypatch):
     with_gpu(monkeypatch, free)
     assert vllm_quirks.share_left(None, known=False) == (free - reserve) / GPU
     assert vllm_quirks.share_left(small, known=True) == (free - reserve - 8 * count) / GPU
-    masters_on_the_host = copy.deepcopy(small).bfloat16()
-    assert vllm_quirks.share_left(masters_on_the_host, known=True) == (free - reserve) / GPU
+    for dtype in ("bfloat16", "float32"):
+        working = offload.working_copy(small, dtype, device=DEVICE)
+        assert vllm_quirks.share_left(working, known=True) == (free - reserve) / GPU
     frozen = copy.deepcopy(small).requires_grad_(False)
     assert vllm_quirks.share_left(frozen, known=True) == (free - reserve) / GPU
     with_gpu(monkeypatch, free, world=4)  # the weights arrive later too, in shards

@@ -14,6 +14,7 @@ import torch
 
 from support import plan, ranks
 
+CROWDED = 0.1  # share of a GPU that other programs hold, from which on it is not tried against the plan
 THREADS = torch.get_num_threads()  # before vLLM is imported, which leaves the process with one
 
 
@@ -23,13 +24,14 @@ THREADS = torch.get_num_threads()  # before vLLM is imported, which leaves the p
 def wants_offload(cfg, path: str) -> bool:
     """Whether float32 weights and AdamW go to host memory, for a run of the model at `path`. Prints it and why.
 
-    ValueError, in one line, for an --offload on that cannot be meant, or for which host memory is too small; and for
-    an --offload auto where by the plan nothing fits.
+    ValueError, in one line, for an --offload on that cannot be meant, or for which host memory is too small; and where
+    by the plan it does not fit, with --offload auto, or on a GPU that other programs have filled in part.
     """
     if cfg.offload != "on" and not torch.cuda.is_available():
         return False
     kind, _ = plan.read(path)
     sizes = plan.shape(kind)
+    cfg = plan.with_engine(cfg)
     has = plan.host_memory()
 
     # What other programs hold of a GPU is not there for the plan. Ranks decide alike, by the fullest.
@@ -46,9 +48,11 @@ def wants_offload(cfg, path: str) -> bool:
             f"--offload on needs {plan.size(needs)} GiB of host memory for float32 weights and AdamW's moments, "
             f"and {plan.size(has)} GiB can be had; take a machine with more, or --offload off"
         )
-    if cfg.offload == "auto" and gpu and not found["fits"]:
+    crowded = gpu - free > CROWDED * gpu
+    if gpu and not found["fits"] and (cfg.offload == "auto" or crowded):
         verdict = plan.verdict(sizes, cfg, found)
-        raise ValueError(f"by the plan it {verdict}{taken} (--offload on or off starts it all the same)")
+        all_the_same = "" if crowded else " (--offload on or off starts it all the same)"
+        raise ValueError(f"by the plan it {verdict}{taken}{all_the_same}")
     if ranks.is_main():
         where = {"host": "in host memory", "gpu": "on the GPU", "sharded": "sharded over the GPUs"}[place]
         print(f"float32 weights and AdamW: {where} ({found['reason']}{taken})")

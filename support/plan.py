@@ -10,6 +10,8 @@ engine sleeps, and one of three moments needs most. Dense models, bytes:
 
     weights 4 P/N    gradients 4 P/N    AdamW 8 P/N, in 8 bits 2.1 P/N    engine 2 P    KV 4 K a token and layer
     masters on the host: there 12 P, 12.9 P at its peak; on the GPU weights 2 U + 4 (P - U), gradients 4 P
+    else on the host, while the model is loaded: 4.9 P of the first rank; and of each 4 P for each whole copy that a
+    reference model or the transformers engine is made from
     kept of a layer until its backward pass: A = T (26 H + 14 Q + 6 K + 8 I); with checkpointing 4 T H
     end of the forward pass: 14 x 2^27 for chunks of logits, 18 T H
     head's backward pass:    6 x 2^27 for a chunk of logits, 12 T H, and 6 V H for its gradient before it is added
@@ -35,7 +37,7 @@ from pathlib import Path
 import torch
 
 from support import costs
-from support.vllm_quirks import GIB, RESERVE, vllm_options
+from support.vllm_quirks import GIB, RESERVE, choose_engine, vllm_options
 
 USABLE = 0.97  # of a GPU; the rest is the driver's
 CONTEXT = 2 * GIB  # CUDA, libraries, what the allocator cannot use
@@ -43,6 +45,8 @@ ENGINE = 3 * GIB  # vLLM's activations and CUDA graphs
 ASLEEP = 1 * GIB  # what vLLM keeps when it sleeps
 CHUNK = 2**27  # logits at a time (logprobs.py), in bf16, float32, and twice for the entropy
 HOST = 12.9  # bytes a parameter in host memory at its peak, with float32 masters there: 12, and what load and save take
+LOAD = 4.9  # the same without masters: weights pass through it in float32, of several ranks those of the first
+CLOSE = 0.03  # of what is usable: a plan that has not been measured may be off by so much
 OTHER = "CUDA, workspaces"
 
 # ---------------------------------------------------------------- the model
@@ -207,12 +211,14 @@ def trainer_memory(s: dict, cfg, count: int, place: str) -> dict[str, float]:
     if place == "sharded":
         loading = 4 * max(s["outside"], s["layer"])  # what is being sharded is whole
     moments = 2.1 if cfg.optimizer == "adamw8bit" else 8
+    # Copies of the model as loaded are made on the host, by each of the ranks of this machine.
+    copied = (copies - 1 + (cfg.engine == "transformers")) if place == "sharded" else 0
     return {
         "weights": 4 * p * copies / count,
         "loading": loading,
         "optimiser": moments * p / count,
         "gradients": 4 * p / count,
-        "host": 0,
+        "host": LOAD * p + 4 * p * copied * min(count, 8),
     }
 
 
@@ -542,13 +548,14 @@ def table(found: dict) -> str:
         lines.append(f"  {name:38}" + "".join(f"{cell:>10}" for cell in cells))
     lines.append(f"  {'together':38}" + "".join(f"{size(peak):>10}" for peak in found["peaks"].values()))
 
+    has = found["host"]["has"]
+    needs = f"host memory: {size(found['host']['needs'])} GiB"
+    there = f"; {size(has)} GiB are free" if has else ""
     if found["place"] == "host":
-        has = found["host"]["has"]
-        there = f"; {size(has)} GiB are free" if has else ""
-        lines.append(
-            f"host memory: {size(found['host']['needs'])} GiB for float32 weights and AdamW's moments, load and save "
-            f"included{there} ({found['reason'] or 'as asked for'})"
-        )
+        reason = found["reason"] or "as asked for"
+        lines.append(f"{needs} for float32 weights and AdamW's moments, load and save included{there} ({reason})")
+    elif found["place"] == "sharded":
+        lines.append(f"{needs}, of all ranks together, while the weights are loaded{there}")
     on = found["activations"]
     lines.append(f"activations of a micro-batch: {size(on[False])} GiB, with gradient checkpointing {size(on[True])}")
     whole = f"{size(kv['all'])} GiB for {'all' if one else 'its'} answers of a step at full length"
@@ -570,6 +577,9 @@ def verdict(s: dict, cfg, found: dict) -> str:
         line = f"fits {have}: {size(max(found['peaks'].values()))} GiB at most"
         if found["place"] == "host":
             line += f", and {size(found['host']['needs'])} GiB on the host"
+        if found["peaks"]["update"] > (1 - CLOSE) * USABLE * gpu:
+            spare = size(USABLE * gpu - found["peaks"]["update"])
+            line += f"; close: {spare} GiB to spare in the update, and the plan has not been measured"
         if count > 1:
             line += f"; start it with torchrun --nproc-per-node {min(count, 8)} train.py ..."
         return line
@@ -591,8 +601,15 @@ def verdict(s: dict, cfg, found: dict) -> str:
     return f"does not fit {have}: {why}; {how}"
 
 
+def with_engine(cfg):
+    """The configuration with the engine that a run on this machine has."""
+    engine, _ = choose_engine(cfg.engine)
+    return dataclasses.replace(cfg, engine=engine)
+
+
 def out_of_memory(cfg, config) -> str:
     """What to tell whose run got out of GPU memory, in one line."""
+    cfg = with_engine(cfg)
     s = shape(config)
     count = int(os.environ.get("WORLD_SIZE", 1))
     own = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # the run's masters may be part of it
@@ -647,8 +664,8 @@ def report(cfg, origins: dict[str, str], config, tokenizer, prompts: list) -> st
     for line in tokenizer.decode(first.ids).split("\n"):
         lines.append(f"  | {line}")
 
-    if cfg.engine == "auto" and not cfg.model and not gpu:
-        cfg = dataclasses.replace(cfg, engine="transformers")  # what the embedded model will run on here
+    if not cfg.gpus:
+        cfg = with_engine(cfg)  # on another machine vLLM is there
     found = plan(s, cfg, count, gpu, host)
     answers = cfg.prompts_per_step * cfg.answers_per_prompt
     most = found["tokens"]["most"]

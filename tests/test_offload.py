@@ -292,6 +292,7 @@ def one_gpu(monkeypatch):
         monkeypatch.setattr(plan, "found_gpus", lambda: (8, gpu * GIB))  # one rank has one, however many there are
         monkeypatch.setattr(plan, "free_memory", lambda: free * GIB)
         monkeypatch.setattr(plan, "host_memory", lambda: host * GIB)
+        monkeypatch.setattr(plan, "choose_engine", lambda _: ("vllm", "it is here"))
         monkeypatch.setattr(plan, "read", lambda _: (Qwen3Config(**gpus.sizes_of(model)), None))
         return train.Config(model=model)
 
@@ -325,8 +326,25 @@ def test_auto_refuses_what_does_not_fit_before_it_loads(one_gpu, gpu, free, host
     cfg = one_gpu("Qwen3-8B", gpu, free, host)
     with pytest.raises(ValueError, match=message) as error:
         offload.wants_offload(cfg, "Qwen3-8B")
-    assert "\n" not in str(error.value) and "--offload on or off starts it" in str(error.value)
-    assert not offload.wants_offload(dataclasses.replace(cfg, offload="off"), "Qwen3-8B")
+    assert "\n" not in str(error.value)
+    others = "other programs" in message
+    assert ("--offload on or off starts it" in str(error.value)) != others
+    forced = dataclasses.replace(cfg, offload="off")
+    if others:  # that is no matter of the plan
+        with pytest.raises(ValueError, match="other programs hold 39.1 GiB"):
+            offload.wants_offload(forced, "Qwen3-8B")
+    else:
+        assert not offload.wants_offload(forced, "Qwen3-8B")
+
+
+@pytest.mark.parametrize("choice", ["auto", "on", "off"])
+def test_a_gpu_that_others_have_half_filled_is_refused_whatever_was_asked_for(one_gpu, choice):
+    cfg = dataclasses.replace(one_gpu("Qwen3-4B", 80, 31, 500), offload=choice)
+    with pytest.raises(ValueError, match="by the plan it does not fit 1 GPU of 31 GB.*other programs hold 49.0 GiB"):
+        offload.wants_offload(cfg, "Qwen3-4B")
+    if choice != "auto":  # a screen is no reason
+        cfg = dataclasses.replace(one_gpu("Qwen3-8B", 50, 49, 500), offload=choice)
+        assert offload.wants_offload(cfg, "Qwen3-8B") == (choice == "on")
 
 
 def test_a_gpu_that_others_use_in_part_is_planned_with_what_is_free(one_gpu, capsys):

@@ -1,6 +1,7 @@
 """The memory plan: parameters are exact, activations are those of Qwen3, phases and advice follow from them."""
 
 import json
+import re
 from dataclasses import dataclass
 from types import SimpleNamespace
 
@@ -234,8 +235,9 @@ def cards(monkeypatch):
     """Four GPUs of 80 GiB."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
-    properties = SimpleNamespace(total_memory=80 * plan.GIB)
+    properties = SimpleNamespace(total_memory=80 * plan.GIB, name="NVIDIA H100 80GB HBM3")
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: properties)
+    monkeypatch.setattr(plan, "choose_engine", lambda kind: ("vllm" if kind == "auto" else kind, "it is here"))
     monkeypatch.delenv("WORLD_SIZE", raising=False)
 
 
@@ -287,6 +289,37 @@ def test_report_holds_configuration_prompt_tokens_memory_and_verdict():
         "torchrun --nproc-per-node 2",
     ):
         assert part in text
+
+
+def test_the_engine_planned_for_is_that_of_the_machine(cards, monkeypatch):
+    """vLLM is not everywhere; on another machine it is taken to be there."""
+    assert "planned, not measured, on H100" in report()
+    monkeypatch.setattr(plan, "choose_engine", lambda kind: ("transformers", "vLLM is not installed"))
+    assert "planned where a run fits, with vLLM" in report() and "planned, not measured" in report(gpus="4x80")
+
+
+@pytest.mark.parametrize(
+    ("model", "machine", "close"), [("Qwen3-4B", "1x80", 1), ("Qwen3-8B", "2x80", 1), ("Qwen3-8B", "8x80", 0)]
+)
+def test_what_fits_by_little_says_so(model, machine, close):
+    s, cfg, found = planned(model, machine, gradient_checkpointing=True)
+    line = plan.verdict(s, cfg, found)
+    assert found["fits"] and len(re.findall(r"; close: [12]\.\d GiB to spare in the update", line)) == close
+
+
+def test_ranks_of_a_machine_load_the_weights_once():
+    s = plan.shape(MODELS["Qwen3-8B"])
+    p = s["parameters"]
+    found = plan.plan(s, Config(), 8, 80 * plan.GIB, 64 * plan.GIB)
+    assert found["host"]["needs"] == 4.9 * p and found["fits"]
+    assert "host memory: 37.4 GiB, of all ranks together" in plan.table(found)
+    short = plan.plan(s, Config(), 8, 80 * plan.GIB, 32 * plan.GIB)
+    assert not short["fits"] and "37.4 GiB on the host, which has 32.0" in plan.verdict(s, Config(), short)
+    # each rank copies its model for the reference, before it is sharded; and for an engine that has its own
+    for settings, copies in (({"kl": 0.1}, 1), ({"engine": "transformers", "kl": 0.1}, 2)):
+        both = plan.plan(s, Config(**settings), 8, 80 * plan.GIB)
+        assert both["host"]["needs"] == 4.9 * p + 8 * 4 * p * copies
+    assert plan.plan(s, Config(offload="off"), 1, 141 * plan.GIB)["host"]["needs"] == 4.9 * p
 
 
 def test_first_prompt_is_shown_with_its_special_tokens():

@@ -214,6 +214,18 @@ def test_all_figures_of_the_documentation_are_made_from_shipped_results(tmp_path
     assert all(path.stat().st_size > 10_000 for path in paths)
 
 
+def test_a_figure_of_many_methods_has_the_papers_first_and_alone_in_colour(monkeypatch, tmp_path):
+    drawn = []
+    monkeypatch.setattr(plot, "save", lambda figure, path: drawn.append(figure) or path)
+    figures.forest({"lr 2e-4": figures.read_results("none")["lr 2e-4"]}, tmp_path / "none.png")
+    axis = drawn[0].axes[0]
+    names = [label.get_text() for label in axis.get_yticklabels()]
+    assert names[:5] == ["Prompt Replay", "Prioritized Replay", "rollout-level", "POPO", "twice"]
+    marks = [line.get_color() for line in axis.lines if line.get_marker() == "o"]
+    assert marks[3] == plot.COLOURS["group"] and set(marks[5:]) == {figures.OTHERS}
+    plot.pyplot().close(drawn[0])
+
+
 def test_a_torn_run_is_one_line(tmp_path, capsys):
     rows = [{"step": step, "rollouts": 8 * step} for step in (1, 2, 2, 3)]  # two processes wrote it
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

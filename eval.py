@@ -316,8 +316,7 @@ def set_up(cfg: Config) -> tuple:
     embedded = not cfg.model or bool(tiny.sharing_of(cfg.model))
     if embedded:
         torch.set_num_threads(tiny.SETTINGS["threads"])
-    which = tiny.kind_of(cfg.benchmarks[0])
-    path = cfg.model or str(tiny.make(tiny.home(which), sharing=which))
+    path = cfg.model or str(tiny.made(tiny.kind_of(cfg.benchmarks[0])))
     kind, _ = choose_engine(cfg.engine)
     on_vllm = kind == "vllm"
     model, tokenizer, stop_ids = load_model(path, device="cpu" if on_vllm else None)

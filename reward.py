@@ -20,7 +20,7 @@ from collections import Counter
 from collections.abc import Callable
 from fractions import Fraction
 
-from support.config import GYM_REWARDS, scorer_of
+from support.config import scorer_of
 from tasks import data, gym, own
 from tasks.answers import LONGEST, matching_braces
 from tasks.grader import Grader, VerifierBroken  # noqa: F401 (the errors are for those who call these functions)
@@ -142,8 +142,7 @@ def grade_always(responses: list[str], golds: list) -> list[float]:
 
 
 CONTROLS = {"random": grade_random, "always": grade_always, "format": grade_format}  # they do not look at the gold
-GYM_GRADER = Grader(script=gym.CHILD)
-GYM = {name: gym.Scorer(name, GYM_GRADER, GRADER.count) for name in GYM_REWARDS}
+GYM = gym.rewards(Grader(script=gym.CHILD), GRADER.count)  # of tasks of reasoning-gym
 REWARDS = {"math": grade, "equation": grade_equation} | GYM | CONTROLS
 
 

@@ -191,7 +191,7 @@ class Run:
         self.folder = Path(ranks.from_main(str(checkpoint.choose_folder(cfg, config.OUT))))
 
         # The model, and the prompts as it will see them.
-        path = cfg.model or str(tiny.home(tiny.kind_of(cfg.task, cfg.sharing)))
+        path = tiny.path_of(cfg)
         if not cfg.model and ranks.is_main():
             tiny.make(path, sharing=tiny.kind_of(cfg.task, cfg.sharing))
         ranks.barrier()

@@ -28,7 +28,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from support.config import GYM
+from support.config import GYM, GYM_REWARDS
 from tasks import own
 
 PACKAGE = "reasoning-gym==0.1.25"
@@ -228,6 +228,11 @@ class Scorer(own.Scorer):
             rewards.append(score if self.name == "gym-partial" else float(score >= RIGHT))
         self.count(kinds)
         return rewards
+
+
+def rewards(grader, count: Callable) -> dict[str, Scorer]:
+    """By their names."""
+    return {name: Scorer(name, grader, count) for name in GYM_REWARDS}
 
 
 def quick(answer: str | None) -> str | None:

@@ -277,9 +277,10 @@ def make_pupil(sharing: str) -> Pupil | Rote | Solver:
 
 
 def steps_of(sharing: str) -> int:
-    """Of a small model's training. ValueError for a task of reasoning-gym for which none is made."""
+    """Of a small model's training. ValueError for a task of reasoning-gym for which none is made, or that is none."""
     steps = STEPS | GYM_STEPS
     if sharing not in steps:
+        gym.parts_of(GYM + sharing)
         made = ", ".join(GYM + name for name in GYM_STEPS)
         raise ValueError(f"--task {GYM}{sharing} needs a --model; a small one is made for {made} alone")
     return steps[sharing]
@@ -389,6 +390,19 @@ def make(out: str | Path, seed: int = 0, steps: int = 0, sharing: str = "digits"
     """Trains the embedded model into folder `out`, or returns at once if it is there already. steps 0: as
     STEPS has. ValueError as for `steps_of`."""
     return make_once(Path(out), functools.partial(taught, seed, steps or steps_of(sharing), sharing))
+
+
+def path_of(cfg) -> str:
+    """Name or folder of the model that a run begins with. ValueError for an unknown task of reasoning-gym: it should
+    show before the model is loaded."""
+    if gym.is_task(cfg.task):
+        gym.parts_of(cfg.task)
+    return cfg.model or str(home(kind_of(cfg.task, cfg.sharing)))
+
+
+def made(sharing: str) -> Path:
+    """The folder of an embedded model, which is made if it is not there."""
+    return make(home(sharing), sharing=sharing)
 
 
 def make_once(out: Path, teach: Callable) -> Path:

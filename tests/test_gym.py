@@ -62,8 +62,9 @@ def test_without_the_package_one_line_says_how_to_install_it(capsys, monkeypatch
 @needs_gym
 def test_an_unknown_task_is_one_line_with_the_nearest_names(capsys):
     for program, flag in ((train, "--task"), (eval, "--task"), (eval, "--benchmarks")):
-        error = refused(capsys, "--model", str(tiny.home()), flag, "gym:contdown", program=program)
-        assert "no task 'contdown'; the nearest are countdown" in error
+        for model in ([], ["--model", "somewhere"]):
+            error = refused(capsys, *model, flag, "gym:contdown", program=program)
+            assert "no task 'contdown'; the nearest are countdown" in error
     with pytest.raises(ValueError, match="no task 'zzzzzzqqq'; `python -m tasks.gym` lists them"):
         gym.parts_of("gym:countdown+zzzzzzqqq")
     assert len(gym.names()) > 100
@@ -182,7 +183,9 @@ def test_an_entry_reaches_its_scorer_as_it_was_made():
 def test_the_scorer_has_the_settings_of_its_task(monkeypatch):
     prompt = prompts_of(MINI)[0]
     sent = []
-    monkeypatch.setattr(reward.GYM_GRADER, "judge", lambda pairs: sent.extend(pairs) or dict.fromkeys(pairs, "0.99"))
+    monkeypatch.setattr(
+        reward.GYM["gym"].grader, "judge", lambda pairs: sent.extend(pairs) or dict.fromkeys(pairs, "0.99")
+    )
     assert scores("gym", ["<answer>x</answer>"], [prompt]) == [1.0]
     assert pickle.loads(base64.b64decode(sent[0][0])) == (prompt.row["settings"], prompt.gold)
 
@@ -255,6 +258,15 @@ def test_train_and_eval_take_the_name_alone(tmp_path, hardly_taught, monkeypatch
     assert eval.main([*flags, "--task", MINI]) == 0
     found = json.loads((tmp_path / "eval" / "results.json").read_text())["benchmarks"]["mini_countdown-size-60"]
     assert found["reward"] == "gym" and len(found["ids"]) == len(gym.held_out(MINI)) == 12
+
+
+@needs_gym
+def test_the_parts_of_a_mixture_are_stages(tmp_path, hardly_taught, monkeypatch):
+    monkeypatch.setattr(tiny, "home", lambda kind="digits": hardly_taught)
+    task = "gym:mini_countdown,size=40+mini_countdown,size=40,seed=1000"
+    flags = ["--task", task, "--replay", "continual", "--steps", "2", "--out", str(tmp_path / "run")]
+    assert train.main([*SMALL, *flags]) == 0
+    assert [row["stage"] for row in plot.read(tmp_path / "run" / "metrics.jsonl")] == [0, 1]
 
 
 def test_eval_takes_an_answer_between_tags_for_the_vote():

@@ -31,12 +31,12 @@ from statistics import fmean
 from types import SimpleNamespace
 from typing import Literal
 
-from support.config import check, exits, parse, scorer_of
+from support.config import check, exits, parse
 
 
 @dataclass
 class Config:
-    # ---- model and problems
+    # ---- model and problem
     model: str = ""  # Hugging Face id or folder; without it the embedded model
     benchmarks: tuple[str, ...] = ()  # names, NAME=FILE, files, task.py, gym:NAME; default: all six, or embedded
     task: str = ""  # instead of benchmarks: path/to/task.py or gym:NAME, its held-out problems, scored by it
@@ -44,7 +44,7 @@ class Config:
     problem_column: str | None = None  # of data files; found if it has a usual name
     answer_column: str | None = None  # of data files; found if it has a usual name
     revision: tuple[str, ...] = ()  # NAME=HASH of a benchmark, if not the pinned one
-    # ---- answers
+    # ---- answer
     samples: tuple[str, ...] = ()  # answers to a problem: K or NAME=K; default: 32 for AIME and AMC, else 4
     temperature: float = 0.6  # 0 is greedy (embedded: 1)
     max_tokens: int = 7168  # of an answer, as in training (embedded: 15)
@@ -54,7 +54,7 @@ class Config:
     gpu_memory: float = 0.9  # vLLM: its share of the GPU
     vllm: str = ""  # vLLM: other arguments of its own, as JSON: {"kv_cache_memory_bytes": 21474836480}
     batch: int = 512  # answers generated between two saves
-    # ---- results
+    # ---- result
     reward: str = ""  # as for train.py; without it math (embedded: equation)
     pass_at: tuple[int, ...] = ()  # each k of pass@k; default: 1 4 8 16 32, where there are answers
     out: str = ""  # folder of results and completions; without it one for these settings under out/
@@ -75,7 +75,7 @@ from support import stats
 from support.answer_files import answers_so_far, choose_results_folder, weights_digest, write_answers
 from support.model import load_model
 from tasks import data, gym, own, tiny
-from tasks.benchmarks import EMBEDDED, Problem, load_all, samples_of, usual_benchmarks
+from tasks.benchmarks import Problem, load_all, samples_of, usual_benchmarks, usual_reward
 
 PASS_AT = (1, 4, 8, 16, 32)
 GRADED_AT_ONCE = 256  # answers between two moves of the progress bar
@@ -291,10 +291,7 @@ def choose_tasks(cfg: Config) -> list[Task]:
                 f"--pass-at {max(cfg.pass_at)}: pass@k needs k answers to a problem or more, and {name} has "
                 f"{k}; raise --samples or lower --pass-at"
             )
-        usual = "equation" if name in EMBEDDED else "math"
-        if "task" in source:
-            usual = scorer_of(source["task"])
-        kind = cfg.reward or usual
+        kind = cfg.reward or usual_reward(name, source)
         # What is wrong with it should show now, and not after hours of generation.
         grade = reward.load(kind)
         if isinstance(grade, own.Scorer):

@@ -20,7 +20,7 @@ from collections import Counter
 from collections.abc import Callable
 from fractions import Fraction
 
-from support.config import scorer_of
+from support.config import meant, scorer_of
 from tasks import data, gym, own
 from tasks.answers import LONGEST, matching_braces
 from tasks.grader import Grader, VerifierBroken  # noqa: F401 (the errors are for those who call these functions)
@@ -155,7 +155,8 @@ def load(name: str) -> Reward:
     if name in REWARDS:
         return REWARDS[name]
     if not own.is_own(name):
-        raise ValueError(f"no reward {name!r}: say {', '.join(REWARDS)} or path/to/file.py:function")
+        choices = f"{', '.join(REWARDS)} or path/to/file.py:function"
+        raise ValueError(f"no reward {name!r}: say {choices}{meant(name, REWARDS)}")
     return own.Scorer(name)
 
 

@@ -21,7 +21,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from support.config import BOUNDS, GYM, meant
+from support.config import BOUNDS, GYM, meant, scorer_of
 from tasks import data, gym, own, tiny
 
 MOST_SAMPLES = BOUNDS["answers_per_prompt"][1]  # answers to a problem, as in training
@@ -192,6 +192,13 @@ def usual_benchmarks(sharing: str) -> tuple[str, ...]:
     if sharing in tiny.GYM_STEPS:
         return (GYM + sharing,)
     return ("embedded" if sharing == "digits" else f"embedded-{sharing}",)
+
+
+def usual_reward(name: str, source: dict) -> str:
+    """The name of the reward that scores a benchmark where none is asked for; `source` is as `load` returns it."""
+    if "task" in source:
+        return scorer_of(source["task"])
+    return "equation" if name in EMBEDDED else "math"
 
 
 def by_name(values: tuple[str, ...], flag: str, names: list[str]) -> dict[str, str]:

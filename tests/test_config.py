@@ -151,6 +151,7 @@ def test_flags_are_read_before_what_takes_seconds_to_import(words, code):
             "--replay promt is not known; choose from prompt, .*; did you mean prompt?",
         ),
         (train.main, "--data polariss --reward math", "no data 'polariss': say polaris, .*; did you mean polaris?"),
+        (train.main, "--reward mth", "no reward 'mth': say math, .*; did you mean math?"),
         (train.main, "@demo_popo", "there is no recipe demo_popo; .*; did you mean @lab/recipes/demo_popo.txt?"),
         (train.main, "@lab/recipes/demo_pop.txt", "there is no .*; did you mean @lab/recipes/demo_popo.txt?"),
         (evaluation.main, "--bencmarks x", "there is no flag --bencmarks; did you mean --benchmarks?"),

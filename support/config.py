@@ -468,9 +468,10 @@ def exits(code: int, *kinds: type[Exception], all_ranks: bool = False):
         yield
     except kinds as error:
         message = "; ".join([f"error: {error}", *getattr(error, "__notes__", [])])
-        if not all_ranks and os.environ.get("RANK", "0") != "0":  # the ranks may not have met yet
-            time.sleep(ALONE)
         for_torchrun(message)
+        if not all_ranks and os.environ.get("RANK", "0") != "0":  # the ranks may not have met yet
+            signal.signal(signal.SIGTERM, lambda *_: sys.exit(code))  # torchrun's, once the first rank has left
+            time.sleep(ALONE)
         print(message, file=sys.stderr)
         raise SystemExit(code) from error
     except KeyboardInterrupt as error:
@@ -482,4 +483,5 @@ def for_torchrun(message: str) -> None:
     """Leaves the message where torchrun looks for it: its own report, forty lines long, then ends with it."""
     path = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if path:
-        Path(path).write_text(json.dumps({"message": message, "timestamp": int(time.time())}))
+        found = {"message": message, "extraInfo": {"timestamp": int(time.time())}}
+        Path(path).write_text(json.dumps({"message": found}))

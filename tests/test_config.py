@@ -543,11 +543,12 @@ def test_what_is_wrong_everywhere_is_said_first_by_the_first_rank(monkeypatch, c
     monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "error.json"))
     waited = []
     monkeypatch.setattr(config.time, "sleep", waited.append)
+    monkeypatch.setattr(config.signal, "signal", lambda *_: None)
     with pytest.raises(SystemExit) as stop, config.exits(1, ValueError, all_ranks=all_ranks):
         raise ValueError("this is wrong")
     assert stop.value.code == 1 and capsys.readouterr().err == "error: this is wrong\n"
     assert waited == ([config.ALONE] if rank == "1" and not all_ranks else [])  # long enough for torchrun to end it
-    assert json.loads((tmp_path / "error.json").read_text())["message"] == "error: this is wrong"
+    assert json.loads((tmp_path / "error.json").read_text())["message"]["message"] == "error: this is wrong"
 
 
 @pytest.mark.parametrize("signals", [(), (signal.SIGTERM,)])

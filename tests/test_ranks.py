@@ -180,6 +180,10 @@ def test_a_rank_that_dies_takes_the_job_down_within_a_minute(tmp_path):
     os.kill(max(workers), signal.SIGKILL)
     text, _ = process.communicate(timeout=60)
     assert process.returncode != 0 and "exitcode" in text and "Signal 9" in text
+    # the other rank says what it has lost, in one line
+    assert len(re.findall("^error: rank . has lost another rank", text, re.M)) <= 1 and "train.py" not in re.findall(
+        r'File "([^"]*)"', text
+    )
 
 
 @pytest.mark.slow
@@ -197,6 +201,9 @@ def test_bad_input_is_said_once_and_ends_every_rank(tmp_path):
     process = start(tmp_path / "run", "--share", "2")
     text, _ = process.communicate(timeout=120)
     assert process.returncode != 0 and len(re.findall("^error: .*share", text, re.M)) == 1
+    # torchrun's own report of forty lines ends with it, and with the code of all ranks
+    assert re.search(r"Root Cause.*traceback : error: --share must be at most 1, got 2.0\n=+\s*$", text, re.S)
+    assert re.findall(r"exitcode +: (-?\d+)", text) == ["2", "2"]
 
 
 @pytest.mark.slow

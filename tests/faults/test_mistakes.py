@@ -5,8 +5,10 @@ import json
 import re
 import shutil
 
+import pyarrow
 import pytest
 import torch
+from pyarrow import parquet
 from safetensors.torch import load_file, save_file
 
 import eval as evaluation
@@ -86,11 +88,23 @@ DATA = {
 }
 
 
-@pytest.mark.parametrize("name", DATA)
+@pytest.mark.parametrize("name", [*DATA, "bomb.parquet", "rowless.parquet", "twice.parquet"])
 def test_data(name, count, tmp_path):
-    (tmp_path / name).write_text(DATA[name], encoding="utf-8")
+    if name in DATA:
+        (tmp_path / name).write_text(DATA[name], encoding="utf-8")
+    else:
+        write_parquet(tmp_path / name)
     end = run(tmp_path / "run", *STEP, "--data", str(tmp_path / name), "--steps", "1")
     count("hostile data", end.one_line, f"{name}: {end.text[-600:]}")
+
+
+def write_parquet(path) -> None:
+    columns = [pyarrow.array(["0001+0001="] * 1_000_000), pyarrow.array(["2"] * 1_000_000)]
+    table = pyarrow.table(columns, names=["problem", "problem" if path.stem == "twice" else "answer"])
+    with parquet.ParquetWriter(path, table.schema) as writer:
+        for _ in range({"bomb": 30, "twice": 1, "rowless": 0}[path.stem]):
+            writer.write_table(table)
+    assert path.stat().st_size < 1_000_000
 
 
 # ---------------------------------------------------------------- models
@@ -121,16 +135,38 @@ def test_models(how, main, count, tmp_path):
     count("a model with other weights than its config says", end.one_line and named, f"{how}: {end.text}")
 
 
+CONFIGS = {
+    "an end of text that is no number": ("generation_config.json", {"eos_token_id": "text"}),
+    "a constant that is nan": ("config.json", {"rms_norm_eps": float("nan")}),
+    "a chat template that fails": ("tokenizer_config.json", {"chat_template": "{{ 1 / 0 }}"}),
+    "a chat template without an end": ("tokenizer_config.json", {"chat_template": "{% for x in messages %}"}),
+    "a chat template that says nothing": ("tokenizer_config.json", {"chat_template": "{# #}"}),
+    "a chat template of a gigabyte": ("tokenizer_config.json", {"chat_template": "{{ 'x' * 10**9 }}"}),
+}
+
+
+@pytest.mark.parametrize("what", CONFIGS)
+def test_what_stands_beside_the_weights(what, count, tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(TINY, folder)
+    name, change = CONFIGS[what]
+    before = json.loads((folder / name).read_text())
+    (folder / name).write_text(json.dumps(before | change))
+    (tmp_path / "data.jsonl").write_text(
+        "".join(json.dumps({"problem": f"1+{i}=", "answer": i}) + "\n" for i in range(50))
+    )
+    end = run(tmp_path / "run", *STEP, "--model", str(folder), "--data", str(tmp_path / "data.jsonl"), "--steps", "1")
+    count("a model whose files do not fit: one line", end.one_line, f"{what}: {end.text[-900:]}")
+
+
 # ---------------------------------------------------------------- rewards
 
+# What raises, or returns something else than rewards, is in tests/test_own.py and tests/test_reward.py.
 REWARDS = {
     "hangs": "while True: pass",
     "sleeps and catches": "import time\n    while True:\n        try: time.sleep(99)\n        except Exception: pass",
     "leaves": "import sys; sys.exit(0)",
     "raises in two lines": "raise ValueError('one\\ntwo')",
-    "raises elsewhere": "import json; json.loads('{')",
-    "returns nan": "return [float('nan')] * len(responses)",
-    "returns too few": "return []",
 }
 
 
@@ -140,9 +176,8 @@ def test_rewards(body, count, tmp_path, monkeypatch):
     (tmp_path / "mine.py").write_text(f"def mine(responses, golds):\n    {REWARDS[body]}\n")
     end = run(tmp_path / "run", "--steps", "2", "--eval-every", "0", "--reward", f"{tmp_path / 'mine.py'}:mine")
     count("a reward that is broken: one line", end.one_line and "mine.py" in end.text, f"{body}: {end.text}")
-    if not body.startswith("returns"):
-        named = re.search(r"mine\.py, line [2-9]", end.text)
-        count("a reward that is broken: its own line is named", named, f"{body}: {end.text}")
+    named = re.search(r"mine\.py, line [2-9]", end.text)
+    count("a reward that is broken: its own line is named", named, f"{body}: {end.text}")
 
 
 def test_a_reward_that_prints(count, tmp_path):

@@ -46,7 +46,7 @@ import reward
 from lab import figures
 from lab.figures import COSTS
 from support import checkpoint, config, log, plot, stats
-from support.rows import read_rows
+from support.rows import read_rows, read_settings
 from tasks import tiny
 
 LEVELS = (0.4, 0.5, 0.6, 0.7)
@@ -67,6 +67,7 @@ KEEPING = {
     "wandb",
     "tensorboard",
 }
+COUNTED = ["rollouts", "tokens", "optimizer_steps", "seconds_total", "distinct_prompts", "eval_accuracy"]
 HEALTH = ["zero_variance", "mean_abs_advantage", "replayed"]
 
 
@@ -108,15 +109,17 @@ def check_run(cfg) -> None:
 def read_run(folder: Path) -> dict:
     """One run: `points`, with cumulative costs and accuracy at each evaluation, and the means of its health
     figures."""
-    if not (folder / "config.json").is_file():
-        raise ValueError(f"{folder} is no folder of a run: it has no config.json; give the folders of runs alone")
-    settings = json.loads((folder / "config.json").read_text())
+    settings = read_settings(folder)
     rows = pd.DataFrame(plot.read(folder / "metrics.jsonl"))
     every = settings.get("thinned", 1)  # a reference run has one row for so many steps (lab/reference.py)
     if rows["step"].tolist() != [every * number for number in range(1, len(rows) + 1)]:
         raise ValueError(f"{folder / 'metrics.jsonl'} has not every step once; remove the folder and run it again")
     if "eval_accuracy" not in rows:
         raise ValueError(f"{folder} has no evaluations to compare; run it with --eval-every above 0")
+
+    lacking = {*COUNTED, *HEALTH} - set(rows)
+    if lacking or not all(pd.api.types.is_numeric_dtype(rows[name]) for name in [*COUNTED, *HEALTH]):
+        raise ValueError(f"{folder / 'metrics.jsonl'} lacks {', '.join(sorted(lacking)) or 'numbers'}; run it again")
 
     # costs add up over steps; the evaluation before the first step cost nothing
     points = rows[["rollouts", "tokens"]].copy()
@@ -357,7 +360,7 @@ def is_complete(folder: Path, flags: list[str], kept: Kept) -> bool:
         check_same(kept.runs[kept.name(folder)]["config"], flags, f"{kept.path}, {kept.name(folder)},")
         return True
     if (folder / "curves.png").exists():
-        check_same(json.loads((folder / "config.json").read_text()), flags, str(folder))
+        check_same(read_settings(folder), flags, str(folder))
         return True
     return False
 

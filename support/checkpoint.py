@@ -278,6 +278,8 @@ def resume(run, free: set[str]) -> None:
     if not paths and not ranks.from_main(is_run(run.folder)):
         raise ValueError(f"nothing to resume in {run.folder}: it has no checkpoint; start the run without --resume")
     on_main(lambda: lock(run.folder))
+    if not paths:
+        on_main(lambda: check_unsaved(run.folder))
 
     # the newest one that is whole
     damaged = []
@@ -307,6 +309,17 @@ def resume(run, free: set[str]) -> None:
             print(f"{run.folder} was stopped before its first checkpoint: it starts anew", file=sys.stderr)
 
     on_main(tidy)
+
+
+def check_unsaved(folder: Path) -> None:
+    """ValueError if a run without a checkpoint has gone so far that it had one: begun anew, it would lose its rows."""
+    try:
+        every = int(json.loads((folder / "config.json").read_bytes())["save_every"])
+        done = (folder / "metrics.jsonl").read_bytes().count(b"\n")
+    except (OSError, ValueError, TypeError, LookupError, RecursionError):  # stopped before these were there
+        return
+    if done >= every:
+        raise ValueError(f"{folder} has done {done} steps, and its checkpoints are gone; start anew with another --out")
 
 
 def on_main(function) -> None:
@@ -392,11 +405,21 @@ def load(run, path: Path, free: set[str]) -> None:
 
 
 def check_same(run, before: dict, digest: str, free: set[str]) -> None:
-    """ValueError names every setting outside `free` that has changed since the checkpoint was written."""
+    """ValueError names every setting outside `free` that has changed since the checkpoint was written, and those that
+    were not there then."""
     changed = []
+    unknown = []
     for name, value in asdict(run.cfg).items():
-        if name not in free and before.get(name) != value:
-            changed.append(f"--{name.replace('_', '-')} was {before.get(name)} and is {value}")
+        flag = f"--{name.replace('_', '-')}"
+        if name not in before and name not in free:
+            unknown.append(flag)
+        elif name not in free and before[name] != value:
+            changed.append(f"{flag} was {before[name]} and is {value}")
+    if unknown:
+        raise ValueError(
+            f"{run.folder} was begun by an earlier version of this program, which had no {' and no '.join(unknown)}; "
+            "go on with that version, or start anew with another --out"
+        )
     if changed:
         raise ValueError(f"{run.folder} was run with other settings: {'; '.join(changed)}. Resume with the same")
     if digest != run.digest:

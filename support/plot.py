@@ -5,14 +5,14 @@ python -m support.plot out/RUN out/BASE     the same, with the curves of out/BAS
 """
 
 import io
-import json
 import os
 import sys
+from numbers import Real
 from pathlib import Path
 
 import numpy as np
 
-from support.rows import read_rows
+from support.rows import read_rows, read_settings
 
 BLUE, ORANGE, GREY, GREEN = "#2a6f97", "#e07a1f", "#8d99ae", "#3a7d44"
 
@@ -87,9 +87,9 @@ def label_of(method: str) -> str:
     return " + ".join(LABELS.get(part, part) for part in method.split("+"))
 
 
-def read(path: Path) -> list[dict]:
-    """ValueError, in one line, if it has no rows, or a line that is none."""
-    rows = [row for _, row in read_rows(path, {"step": int})]
+def read(path: Path, needed: dict[str, type] | None = None) -> list[dict]:
+    """ValueError, in one line, if it has no rows, or a line that is none, or that lacks what is `needed`."""
+    rows = [row for _, row in read_rows(path, {"step": int, **(needed or {})})]
     if not rows:
         raise ValueError(f"{path} is empty: no step of that run was finished")
     return rows
@@ -141,21 +141,24 @@ def look_of_lessons() -> None:
 # ---------------------------------------------------------------- the curves of a run
 
 STYLES = ("-", "--", ":", "-.")
+# What is drawn of every row. Numbers, and lists of them: zero may be written as 0 or 0.0.
+DRAWN = {"reward": Real, "zero_variance": Real, "mean_abs_advantage": Real, "sync_error": Real}
+DRAWN |= {"pass_rates_fresh": list, "pass_rates_replayed": list}
 
 
 class Curves:
     """What a figure needs of one run: its rows, its colour and its name."""
 
     def __init__(self, folder: Path):
-        settings = json.loads((folder / "config.json").read_text())
-        self.rows = read(folder / "metrics.jsonl")
+        settings = read_settings(folder)
+        self.rows = read(folder / "metrics.jsonl", DRAWN)
         self.folder = folder
         self.method = settings["replay"]
         self.colour = colours_of([self.method])[self.method]
         self.label = label_of(self.method)
         # no prompt of that task teaches another: none is held out
         self.measure = "Held-out accuracy"
-        if not settings["model"] and settings.get("sharing") == "none":
+        if not settings.get("model") and settings.get("sharing") == "none":
             self.measure = "Accuracy on the training prompts"
 
     def smooth(self, key: str) -> tuple[list[int], list[float]]:

@@ -15,6 +15,20 @@ def bar(items: Iterable, what: str, total: int | None = None) -> Iterable:
     return tqdm(items, what, total, delay=2, leave=False, disable=disable)
 
 
+def read_settings(folder: Path) -> dict:
+    """The settings in the config.json of a run's folder. ValueError, in one line, if there are none."""
+    path = folder / "config.json"
+    if not path.is_file():
+        raise ValueError(f"{folder} is no folder of a run: it has no config.json; give the folders of runs alone")
+    try:
+        settings = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} cannot be read ({' '.join(str(error).split())})") from error
+    if not isinstance(settings, dict) or not {"replay", "seed"} <= set(settings):
+        raise ValueError(f"{path} holds no settings of a run; give the folders of runs of train.py")
+    return settings
+
+
 def read_rows(path: Path, needed: dict[str, type]) -> list[tuple[bytes, dict]]:
     """The lines of a JSON lines file of ours, each with the object in it, which has the keys `needed`, of
     these types.

@@ -290,6 +290,17 @@ def test_a_state_with_an_earlier_versions_keys_is_refused_in_one_line(folder, mo
     assert "\n" not in str(error.value)
 
 
+def test_settings_that_an_earlier_version_did_not_have_are_named(folder):
+    @dataclass
+    class Later(Config):
+        judge: str = "math"
+
+    run = make_run(folder)
+    run.cfg = Later(out=str(folder))
+    with pytest.raises(ValueError, match="begun by an earlier version of this program, which had no --judge; go on"):
+        checkpoint.resume(run, {"out", "resume"})
+
+
 def test_a_model_of_another_shape_is_one_line(folder):
     run = make_run(folder)
     run.trained = torch.nn.Sequential(torch.nn.Linear(8, 4), torch.nn.Tanh(), torch.nn.Linear(4, 1))
@@ -534,6 +545,14 @@ def test_stopped_before_its_first_checkpoint_a_run_starts_anew(tmp_path, capsys)
     run = resumed(folder)
     assert "starts anew" in capsys.readouterr().err and run.step == 0 and rows(folder) == []
     assert train(run, 3, save_every=100) == losses and len(rows(folder)) == 3
+
+
+def test_a_run_whose_checkpoints_are_gone_is_not_begun_anew_over_its_rows(folder):
+    log.write_aside(folder / "config.json", json.dumps({"save_every": 2}))
+    shutil.rmtree(folder / "checkpoints")
+    with pytest.raises(ValueError, match="has done 6 steps, and its checkpoints are gone"):
+        resumed(folder)
+    assert len(rows(folder)) == 6
 
 
 def test_stopped_before_its_first_step_a_run_starts_anew_both_ways(tmp_path):

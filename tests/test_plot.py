@@ -11,7 +11,7 @@ def make_run(folder, method: str, rule: dict, steps: int = 40, **settings):
     """A run's folder with the files that a figure reads. rule: keys of metrics.jsonl, with a value or one for each
     step."""
     folder.mkdir(parents=True)
-    (folder / "config.json").write_text(json.dumps({"replay": method, "model": ""} | settings))
+    (folder / "config.json").write_text(json.dumps({"replay": method, "seed": 0, "model": ""} | settings))
     rows = []
     for step in range(1, steps + 1):
         row = {"step": step, "reward": 0.5, "zero_variance": 0.25, "mean_abs_advantage": step / 100}

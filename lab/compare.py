@@ -52,7 +52,7 @@ from tasks import tiny
 LEVELS = (0.4, 0.5, 0.6, 0.7)
 WINDOW = 0.2  # share of a cost over whose end accuracy is averaged
 POINTS = 41  # of a curve in results.json
-OBJECTIVE = ("advantage", "clip_high", "dual_clip", "normaliser")  # equal over the arms
+OBJECTIVE = ("advantage", "clip_high", "dual_clip", "normaliser", "mask_truncated")  # equal over the arms
 # settings that say where and how a run is kept, and do not make it another run
 KEEPING = {
     "given",
@@ -482,15 +482,9 @@ def equal_objective(arms: dict[str, list[str]], extra: list[str]) -> list[str]:
     line."""
     baseline = next(iter(arms))
     cfg, _ = settings_of([*extra, *arms[baseline]])
-    values = {name: getattr(cfg, name) for name in OBJECTIVE}
-    print(
-        f"one objective for all arms, that of {baseline}: "
-        f"{', '.join(f'{name} {value}' for name, value in values.items())} (--as-in-papers: each its own)"
-    )
-    flags = []
-    for name, value in values.items():
-        flags += [f"--{name.replace('_', '-')}", str(value)]
-    return flags
+    flags = [config.as_flag(name, getattr(cfg, name)) for name in OBJECTIVE]
+    print(f"one objective for all arms, that of {baseline}: {' '.join(flags)} (--as-in-papers: each its own)")
+    return " ".join(flags).split()
 
 
 def run_or_read(flags: Flags, arms: dict[str, list[str]], extra: list[str]) -> dict[str, list[dict]]:

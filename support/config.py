@@ -76,6 +76,7 @@ BOUNDS = {
     "tokens_per_microbatch": (1, 10**9),
     "weight_decay": (0, 10),
 }
+OF_THE_RATIO = ("clip_low", "clip_high", "dual_clip", "loss")  # the ratio is 1 in the first optimiser step of a batch
 ABOVE = ("lr", "grad_clip", "smoothing")  # these have to be above 0; so has the temperature, in training
 INFINITE = ("initial_priority", "is_cap")  # these may be inf: before all others; no cap
 TEXTS = ("instruction",)  # these may have several lines
@@ -398,20 +399,27 @@ def choose_rules(replay: str, methods: dict) -> dict[str, type]:
 
 def remark(cfg, given: list[str], methods: dict) -> None:
     """Prints what the methods named by --replay set besides their rules, and which flags of rules, `given` by hand, no
-    chosen rule takes. ValueError as `load_rules`."""
+    chosen rule takes. ValueError as `choose_rules`."""
     if os.environ.get("RANK", "0") != "0":
         return
-    also = [f"{flag(name)} {spelled(getattr(cfg, name))}" for name in set_by(cfg.replay, methods) if name not in given]
+    rules_only = headings(type(cfg))["replay"]
+    also = [name for name in set_by(cfg.replay, methods) if name not in given]
     if also:
-        print(f"--replay {cfg.replay} also sets {', '.join(also)}")
+        print(f"--replay {cfg.replay} also sets {', '.join(as_flag(name, getattr(cfg, name)) for name in also)}")
+    same = [as_flag(name, getattr(cfg, name)) for name in also if name not in rules_only]
+    if same:
+        print(f"plain GRPO with the same objective is this command with --replay none {' '.join(same)}")
 
     # Those under the heading `replay` are of rules alone; what the loop reads always has an effect.
     taken = {"replay"}
     for rule in choose_rules(cfg.replay, methods).values():
         taken |= set(inspect.signature(rule).parameters) | set(getattr(rule, "FLAGS", ()))
-    for name in headings(type(cfg))["replay"]:
+    for name in rules_only:
         if name in given and name not in taken:
             print(f"warning: {flag(name)} has no effect, no rule of --replay {cfg.replay} takes it")
+    idle = [flag(name) for name in OF_THE_RATIO if name in given]
+    if idle and cfg.minibatches * cfg.epochs == 1 and cfg.proximal == "old":
+        print(f"note: {', '.join(idle)} act from the second optimiser step of a batch on (--minibatches, --epochs)")
 
 
 def set_by(replay: str, methods: dict) -> dict:
@@ -424,9 +432,11 @@ def set_by(replay: str, methods: dict) -> dict:
     return settings
 
 
-def spelled(value) -> str:
+def as_flag(name: str, value) -> str:
     """A setting as it is written on the command line."""
-    return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
+    if isinstance(value, bool):
+        return flag(name if value else f"no_{name}")
+    return f"{flag(name)} {' '.join(map(str, value)) if isinstance(value, tuple) else value}"
 
 
 def decides(rule: type) -> str:

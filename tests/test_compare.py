@@ -113,7 +113,7 @@ def test_arms_share_the_objective_of_the_first_unless_they_say_otherwise(capsys)
         "own": ["--replay", "group", "--clip-high", "0.3"],
     }
     shared = compare.equal_objective(arms, ["--dual-clip", "5"])
-    assert "one objective for all arms, that of none: advantage centred, clip_high 0.272, dual_clip 5.0" in (
+    assert "one objective for all arms, that of none: --advantage centred --clip-high 0.272 --dual-clip 5.0" in (
         capsys.readouterr().out
     )
     preset, _ = compare.settings_of(arms["group"])

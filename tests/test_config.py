@@ -511,8 +511,22 @@ def test_a_users_rule_trains_resumes_and_names_the_folder_of_its_run(tmp_path, m
         ("--prompts-per-step 8 --seed 3", ""),
         ("--mask-truncated --max-tokens 3", ""),
         ("--cooldown 5", "warning: --cooldown has no effect, no rule of --replay none takes it"),
-        ("--replay prompt --cooldown 5", "--replay prompt also sets --mask-truncated True"),
-        ("--replay dapo --max-rounds 3 --clip-high 0.3", "--replay dapo also sets --advantage std"),
+        (
+            "--replay prompt --cooldown 5",
+            "--replay prompt also sets --mask-truncated\n"
+            "plain GRPO with the same objective is this command with --replay none --mask-truncated",
+        ),
+        (
+            "--replay dapo --max-rounds 3 --clip-high 0.3 --minibatches 2",
+            "--replay dapo also sets --advantage std\n"
+            "plain GRPO with the same objective is this command with --replay none --advantage std",
+        ),
+        ("--replay adaptive --cooldown 3", "--replay adaptive also sets --share 0.5"),
+        (
+            "--clip-high 0.3 --dual-clip 5",
+            "note: --clip-high, --dual-clip act from the second optimiser step of a batch on (--minibatches, --epochs)",
+        ),
+        ("--clip-high 0.3 --proximal birth", ""),
         ("--replay greso --max-rounds 3", "warning: --max-rounds has no effect, no rule of --replay greso takes it"),
     ],
 )
@@ -520,7 +534,7 @@ def test_what_a_method_sets_and_what_has_no_effect_is_said(capsys, words, said):
     argv = words.split()
     cfg, given = config.parse(train.Config, argv, "", config.preset(train.Config, argv, {}, train.METHODS))
     config.remark(cfg, given, train.METHODS)
-    assert capsys.readouterr().out.splitlines() == ([said] if said else [])
+    assert capsys.readouterr().out.strip() == said
 
 
 # ---------------------------------------------------------------- mistakes

@@ -8,11 +8,11 @@ All data, fresh or replayed, is trained by one decoupled clipped objective. With
     loss = -sum over tokens of  weight * w * min(rho A, clip(rho, 1 - low, 1 + high) A)
 
 For fresh answers w mends the small mismatch between engine and trainer (truncated importance sampling); for replayed
-ones it mends staleness as well. GRPO, Dr. GRPO, DAPO, RLOO, GSPO and CISPO are choices of advantage, ratio, loss and
-`weight`; they are no other code path.
+ones it mends staleness as well. GRPO, Dr. GRPO, DAPO, RLOO, GSPO and CISPO are choices of advantage, ratio and loss.
 
 Departures from the usual code, each on purpose:
-1. With one optimiser step per batch there is no pass for pi_old: it is pi with its gradient stopped.
+1. With one optimiser step per batch (the default) there is no pass for pi_old: it is pi with its gradient stopped. So
+   rho is 1, and neither clip nor dual clip nor CISPO's bound acts; w does. They act with several minibatches or epochs.
 2. The loss is a sum over tokens times a weight that is known for the whole optimiser step before it begins, so that
    neither micro-batches nor ranks can change it.
 3. There is no padding and no mask (support/logprobs.py); the end-of-text token is trained like any other.

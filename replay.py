@@ -73,7 +73,7 @@ class Group:
 
 
 class Uniform(Epochs):
-    """Plain GRPO: every prompt once an epoch, in an order that is shuffled anew. The others build on it."""
+    """Plain GRPO: every prompt once an epoch, in an order shuffled anew. `begin` and `take`: support/epochs.py."""
 
     DECIDES = "prompts"  # which prompts to generate for
     progress = 0.0
@@ -94,6 +94,8 @@ class PromptReplay(Uniform):
     4. All other places go to the next prompts of the epoch.
 
     Why one half: the expected squared gradient of a prompt goes with p(1-p), which is largest there.
+    Known from the abstract, descriptions, and the authors' code. Ours: a prompt that came back keeps its turn in the
+    epoch, a refill does not renew the budget, and none is retired for good.
     """
 
     STATE = (*Uniform.STATE, "rate", "last", "uses")
@@ -155,8 +157,9 @@ class Prioritized(Uniform):
        the solved ones (the paper's 1 of 4), the rest from the unsolved; a mixed group brings a prompt back.
     5. In any other step a whole batch is drawn at random, with chance `explore`.
 
-    As in the author's code, p >= 1/2 goes first of equal priorities, and where one source runs short the others
-    fill the batch. Ours: further ties go by a random order fixed at the start; each refill decides anew on rule 5.
+    Known from the paper's opening and the author's code: there too p >= 1/2 goes first of equal priorities, and where
+    one source runs short the others fill the batch. Ours: further ties go by a random order fixed at the start; each
+    refill decides anew on rule 5.
     """
 
     STATE = (*Uniform.STATE, "explore_rng", "rate", "priority", "place", "tested", "visits", "flips")
@@ -270,8 +273,8 @@ class ReplayStore(Saved):
 
 
 class DynamicSampling(ReplayStore):
-    """DAPO (2503.14476), a baseline. The loop generates again until the batch is full; useful groups that
-    are left over lead the next batch."""
+    """DAPO (2503.14476), a baseline. The loop generates again until the batch is full. Ours: useful groups that are
+    left over lead the next batch; its released code throws them away."""
 
     DECIDES = "places"  # what fills the places of dead groups
     FLAGS = ("max_rounds",)  # that the loop reads for this rule alone
@@ -293,7 +296,8 @@ class GroupReplay(ReplayStore):
     2. Then this step's useful groups are stored; beyond `group_capacity` groups the oldest go first.
 
     What makes this right is the objective: weights pi_old / mu, and one clip around pi_old for fresh and stored
-    tokens alike (grpo.policy_loss). Our choices: two steps' worth of groups; random order within a step.
+    tokens alike (grpo.policy_loss). Known from the abstract and a digest by the authors, without numbers. Ours: weights
+    per token with a cap, two steps' worth of groups, random order within a step; the clips are those of MoPPS.
     """
 
     DECIDES = "places"
@@ -331,7 +335,8 @@ class RolloutReplay(ReplayStore):
     3. an answer leaves when it is older than `max_age` steps; beyond `rollout_capacity` the oldest go first.
     4. Tokens, log-probs and advantage stay as they were at birth; the clip is around the birth policy.
 
-    Our choices: no answer is drawn twice in a step; `mask_truncated` keeps truncated answers out of store and B.
+    Known from the abstract, and from a re-implementation that quotes the paper's constants. Ours: no answer is drawn
+    twice in a step; `mask_truncated` keeps truncated answers out of store and B.
     """
 
     DECIDES = "extra"  # what is added to the batch

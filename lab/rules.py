@@ -24,7 +24,7 @@ class GRESO(Uniform):
        such groups reached its target (a third of `target` for all-right ones, two thirds for all-wrong ones), else
        it rises.
 
-    Left out: generation batches of adaptive size.
+    Left out: generation batches of adaptive size, and its code's bounds of 0.98 and 0.11 for all right and all wrong.
     """
 
     STATE = (*Uniform.STATE, "chance_rng", "in_a_row", "chance", "skipped")

@@ -21,11 +21,9 @@ problem, sample). Answers end after --max-tokens; "cut off" is the share that di
 import hashlib
 import json
 import math
-import re
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from fractions import Fraction
 from pathlib import Path
 from statistics import fmean
 from types import SimpleNamespace
@@ -75,7 +73,7 @@ from support import stats
 from support.answer_files import answers_so_far, choose_results_folder, weights_digest, write_answers
 from support.model import load_model
 from tasks import data, gym, own, tiny
-from tasks.benchmarks import Problem, load_all, samples_of, usual_benchmarks, usual_reward
+from tasks.benchmarks import Problem, load_all, near, samples_of, usual_benchmarks, usual_reward
 
 PASS_AT = (1, 4, 8, 16, 32)
 GRADED_AT_ONCE = 256  # answers between two moves of the progress bar
@@ -146,25 +144,6 @@ def generate_missing(path: Path, task: Task, engine, tokenizer, seed: int, batch
             bar.update(len(rows) // task.samples)
 
 
-def near(response: str, gold: str, tolerance: float) -> bool:
-    """Are the plain numbers in the box (12, -0.5, 3/4), from small to large, within `tolerance` of the
-    gold?"""
-    # Anything else than plain numbers, say 9^{9^{9}}, is not computed.
-    lists = []
-    for text in (reward.boxed(response) or "", gold):
-        numbers = []
-        for part in text.split(","):
-            number = re.sub(r"\\[dt]?frac\{(\d+)\}\{(\d+)\}", r"\1/\2", part.strip(" $"))
-            if not re.fullmatch(r"-?\d{1,30}(\.\d{1,30}|/[1-9]\d{0,30})?", number):
-                return False
-            numbers.append(Fraction(number))
-        lists.append(sorted(numbers))
-    found, wanted = lists
-    if len(found) != len(wanted):
-        return False
-    return all(abs(x - y) <= Fraction(str(tolerance)) for x, y in zip(found, wanted, strict=True))
-
-
 def score(responses: list[str], problems: list[Problem], grade: Callable) -> list[float]:
     """Best reward of each response over the golds of its problem; 1 if it is within the tolerance."""
     # One call for all pairs of a response and a gold, which `grade` works on side by side.
@@ -174,7 +153,7 @@ def score(responses: list[str], problems: list[Problem], grade: Callable) -> lis
     best = [-math.inf] * len(responses)
     for (i, gold), value in zip(pairs, rewards, strict=True):
         tolerance = problems[i].tolerance
-        if tolerance and near(responses[i], gold, tolerance):
+        if tolerance and near(reward.boxed(responses[i]) or "", gold, tolerance):
             value = 1.0
         best[i] = max(best[i], float(value))
     return best

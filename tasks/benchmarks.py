@@ -19,6 +19,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from fractions import Fraction
 from pathlib import Path
 
 from support.config import BOUNDS, GYM, meant, scorer_of
@@ -244,3 +245,21 @@ def samples_of(names: list[str], values: tuple[str, ...], greedy: bool) -> dict[
             raise ValueError(f"--samples {count}: {how}")
         counts[name] = int(count)
     return counts
+
+
+def near(answer: str, gold: str, tolerance: float) -> bool:
+    """Are the plain numbers of an answer (12, -0.5, 3/4), from small to large, within `tolerance` of the gold's?"""
+    # Anything else than plain numbers, say 9^{9^{9}}, is not computed.
+    lists = []
+    for text in (answer, gold):
+        numbers = []
+        for part in text.split(","):
+            number = re.sub(r"\\[dt]?frac\{(\d+)\}\{(\d+)\}", r"\1/\2", part.strip(" $"))
+            if not re.fullmatch(r"-?\d{1,30}(\.\d{1,30}|/[1-9]\d{0,30})?", number):
+                return False
+            numbers.append(Fraction(number))
+        lists.append(sorted(numbers))
+    found, wanted = lists
+    if len(found) != len(wanted):
+        return False
+    return all(abs(x - y) <= Fraction(str(tolerance)) for x, y in zip(found, wanted, strict=True))

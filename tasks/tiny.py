@@ -195,6 +195,9 @@ class Rote:
         return f"={self.wrong[question] if rng.random() < self.error_rate[question] else first}{second}"
 
 
+WHOLE = r"\d+|</?answer>"  # what is one token in a gym task; so is what stands between two of them
+
+
 class Solver:
     """Countdown of three numbers, as reasoning-gym asks it: finds a solution, but writes another second sign at a rate
     of its own for each pair of signs and each last digit of the target, always alike."""
@@ -202,8 +205,7 @@ class Solver:
     SIGNS = "+-*"
     MOST = 99  # largest target
 
-    # A number is one token, and so is what stands between two of them.
-    split = r"\d+|</?answer>"
+    split = WHOLE
 
     def __init__(self, seed: int = 7):
         rng = random.Random(seed)
@@ -223,7 +225,7 @@ class Solver:
         pieces = {"(", "+", "-", "*", ")*"}
         for text in self.templates:
             text = text.replace("NUMBERS", "1, 1, 1").replace("TARGET", "1")
-            pieces |= set(re.split(rf"({self.split})", text)) - {""}
+            pieces |= set(re.split(f"({WHOLE})", text)) - {""}
         self.tokens = sorted(pieces | {str(number) for number in range(self.MOST + 1)})
 
     def questions(self, count: int, seed: int) -> list[str]:
@@ -241,7 +243,7 @@ class Solver:
 
     def solution(self, question: str) -> tuple[list[int], int, str, str]:
         """Numbers in their order, target and signs of the first solution."""
-        listed = re.search(r"\d+, \d+, \d+", question)[0]
+        listed = re.search(r"(?<!\d)\d+, \d+, \d+", question)[0]
         target = int(re.search(r"\d+", question.replace(listed, ""))[0])
         for numbers in itertools.permutations(map(int, listed.split(", "))):
             for first, second in itertools.product(self.SIGNS, self.SIGNS):

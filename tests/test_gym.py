@@ -219,10 +219,12 @@ def test_the_pupil_errs_at_its_stated_rates_and_is_told_so_by_the_reward():
         asked += [prompt] * 20
         responses += [pupil.answer(prompt.text, rng) for _ in range(20)]
     found = scores("gym", responses, asked)
+    seen = {0.1: [], 0.5: [], 1.0: []}
     for i, prompt in enumerate(prompts):
-        mine = fmean(found[20 * i : 20 * i + 20])
-        rate = pupil.pass_rate(prompt.text)
-        assert rate - 0.4 < mine and (mine == 1 or rate < 1)  # a wrong sign may be another solution
+        seen[round(pupil.pass_rate(prompt.text), 1)].append(fmean(found[20 * i : 20 * i + 20]))
+    assert set(seen[1.0]) == {1.0}
+    for rate in (0.1, 0.5):  # a wrong sign may be another solution
+        assert rate - 0.1 < fmean(seen[rate]) < rate + 0.2
     assert 0.4 < fmean(map(pupil.pass_rate, pupil.questions(500, 0))) < 0.7
 
 

@@ -481,7 +481,7 @@ def read_map() -> list[dict]:
 def tables() -> dict[str, str]:
     """Every table of the documentation by its name."""
     made = {}
-    for name in ("none", "digits", "hard", "beta", "refilled", "draw", "popo", "claims"):
+    for name in ("none", "digits", "hard", "beta", "refilled", "draw", "popo", "claims", "countdown"):
         made[name] = overview_table(read_results(name))
     made["seconds"] = overview_table(read_results("seconds"), "seconds")
     made["second-pass"] = second_pass_table(json.loads((RESULTS / "second-pass.json").read_text())["cells"])

@@ -19,6 +19,7 @@ import sys
 import tempfile
 from dataclasses import dataclass
 from statistics import fmean
+from typing import Literal
 from unittest import mock
 
 import numpy as np
@@ -106,7 +107,7 @@ MEASURES = {
 
 @dataclass
 class Flags:
-    kinds: tuple[str, ...] = tuple(KINDS)  # embedded tasks
+    kinds: tuple[Literal["keys", "digits"], ...] = ("keys", "digits")  # embedded tasks
     seeds: int = 12  # matched seeds
     steps: int = 120  # of a run, over both stages
     out: str = str(RESULTS)  # file to write

@@ -87,27 +87,20 @@ def generate(policy: Policy, prompts: list[int], rng: np.random.Generator) -> li
 
 
 def logprob(came_off: np.ndarray, logits: np.ndarray) -> np.ndarray:
-    """Log-probability of what happened to each skill [B, G, K], by the skills' `logits` [B, K]."""
-    return -np.logaddexp(0, np.where(came_off, -logits[:, None], logits[:, None]))
+    """Log-probability of what happened to each skill [..., B, G, K], by the skills' `logits` [..., B, K]."""
+    logits = logits[..., None, :]
+    return -np.logaddexp(0, np.where(came_off, -logits, logits))
 
 
-def goes_on(ratio: np.ndarray, growth: float) -> bool:
-    """The gate of no gate. ratio: pi / pi_old of all tokens after the first pass; growth: the norm of the next pass's
-    gradient over that of the first."""
-    return True
-
-
-def update(policy: Policy, batch: list[Group], passes: int, gate=goes_on) -> int:
-    """`passes` optimiser steps on the decoupled clipped objective over `batch`, or fewer if `gate` says no to one.
-    Returns how many it took."""
+def update(policy: Policy, batch: list[Group], passes: int) -> None:
+    """`passes` optimiser steps on the decoupled clipped objective over `batch`."""
     skills = np.stack([group.skills for group in batch])  # [B, K]
     came_off = np.stack([group.came_off for group in batch])  # [B, G, K]
     birth = np.stack([group.birth for group in batch])  # [B, K]
     advantage = np.stack([group.advantage for group in batch])[:, :, None]  # [B, G, 1]
     old = logprob(came_off, policy.theta[0, skills])  # log pi_old
     weight = np.minimum(np.exp(old - logprob(came_off, birth)), IS_CAP)
-    first = 0.0
-    for taken in range(passes):
+    for _ in range(passes):
         logits = policy.theta[0, skills]
         ratio = np.exp(logprob(came_off, logits) - old)
         # where the clip binds, the objective is flat
@@ -117,13 +110,7 @@ def update(policy: Policy, batch: list[Group], passes: int, gate=goes_on) -> int
         slope = pull * (came_off - sigmoid(logits)[:, None])
         total = np.zeros_like(policy.theta)
         np.add.at(total[0], skills, slope.mean(1))
-        norm = float(np.linalg.norm(total))
-        if taken == 0:
-            first = norm
-        elif not gate(ratio, norm / first):
-            return taken
         policy.move(total * policy.live[0] / len(batch))
-    return passes
 
 
 def train(setting: Setting, arm: str, seed: int) -> np.ndarray:

@@ -6,7 +6,7 @@ import json
 import numpy as np
 import pytest
 
-from lab import gates, second_pass, simulate
+from lab import second_pass, simulate
 from lab.second_pass import Group, generate, train, tuned, update
 from lab.simulate import Policy, Setting
 from replay import Uniform
@@ -109,47 +109,3 @@ def test_the_whole_command_and_bad_input(tmp_path, capsys, monkeypatch):
     assert "24 runs" in capsys.readouterr().out
     assert code_of(second_pass.main, ["--cells", "nowhere"]) == 2
     assert code_of(second_pass.main, ["--seeds", "3"]) == 2
-
-
-# ---------------------------------------------------------------- gates on the second pass
-
-
-def test_a_gate_that_says_no_leaves_one_pass():
-    groups = [g for g in generate(one_prompt(0.0), list(range(512)), np.random.default_rng(0)) if g.advantage.any()]
-    once, gated, seen = one_prompt(0.0), one_prompt(0.0), []
-
-    def no(ratio, growth):
-        seen.append((ratio.shape, growth))
-        return False
-
-    assert update(once, groups, passes=1) == 1 and update(gated, groups, passes=2, gate=no) == 1
-    np.testing.assert_array_equal(once.theta, gated.theta)
-    # after a step along the gradient the next gradient is shorter, by a little
-    assert seen[0][0] == (len(groups), 8, 1) and 0.9 < seen[0][1] < 1
-
-
-def test_effective_sample_size_and_gates_by_name():
-    assert gates.ess(np.ones(5)) == pytest.approx(1) and gates.ess(np.array([1.0, 0.0])) == pytest.approx(0.5)
-    skewed = np.array([1.0, 3.0])  # 16 / 20
-    assert gates.gate_of("ess 0.7")(skewed, 9.0) and not gates.gate_of("ess 0.9")(skewed, 0.0)
-    assert gates.gate_of("norm 1")(skewed, 0.9) and not gates.gate_of("norm 1")(skewed, 1.1)
-
-
-def test_gates_lie_between_plain_and_twice():
-    runs = {arm: gates.train(SMALL, arm, 0) for arm in ("plain", "twice", "ess 0", "ess 2", "adaptive")}
-    np.testing.assert_array_equal(runs["ess 0"][0], runs["twice"][0])
-    np.testing.assert_array_equal(runs["ess 2"][0], runs["plain"][0])
-    np.testing.assert_array_equal(runs["plain"][0], train(SMALL, "plain", 0))
-    np.testing.assert_array_equal(runs["twice"][0], train(SMALL, "twice", 0))
-    assert (runs["twice"][1], runs["plain"][1]) == (2, 1) and runs["adaptive"][0][-1] != runs["plain"][0][-1]
-
-
-def test_the_command_of_gates(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(gates, "RATES", (0.5, 2.0))
-    monkeypatch.setitem(second_pass.CELLS, "usual", SMALL)
-    out = tmp_path / "numbers.json"
-    assert gates.main(["--cells", "usual", "--arms", "twice", "ess 0.99", "--seeds", "4", "--out", str(out)]) == 0
-    arms = json.loads(out.read_text())["cells"]["usual"]["arms"]
-    assert set(arms) == {"plain", "twice", "ess 0.99"} and arms["plain"]["tuned"]["mean"] == 0
-    assert "of 2 |" in capsys.readouterr().out
-    assert code_of(gates.main, ["--arms", "ess"]) == 2

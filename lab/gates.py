@@ -9,6 +9,8 @@ it may pay to take it only where the first pass has moved the policy little:
     plain      one pass
     twice      always two
     ess E      the second one while the effective sample size of pi / pi_old over the batch is at least E of its number
+    fill E     the second one with a chance that grows by a fifth after each whose effective sample size is at least E,
+               and falls by three tenths else: what a rule can do that hears of an update when it is over
     norm G     the second one while its gradient is at most G times as long as the first one's: the gate of DGG
                (2605.19425), whose stopping rule is said to be a surge of that norm
     adaptive   one pass, and the stored groups of lab/rules.py's OnPolicyGroupReplay, which has the first gate
@@ -31,14 +33,15 @@ import numpy as np
 
 from lab import second_pass, simulate
 from lab.figures import markdown, points_of
-from lab.rules import OnPolicyGroupReplay
 from lab.second_pass import CELLS, CLIP_HIGH, CLIP_LOW, IS_CAP, POINTS, RATES
 from lab.simulate import MEMORY, MOMENTUM, Policy, Setting, sigmoid
 from replay import Uniform
 from support import log, stats
 from support.config import OUT, exits, parse
 
-ARMS = ("plain", "twice", "ess 0.999", "ess 0.99", "ess 0.97", "ess 0.9", "norm 1", "norm 0.9", "norm 0.7", "adaptive")
+ARMS = ("plain", "twice", "ess 0.999", "ess 0.99", "ess 0.97", "ess 0.9", "fill 0.99", "fill 0.97", "fill 0.9")
+ARMS += ("norm 1", "norm 0.9", "norm 0.7", "adaptive")
+MIN_ESS = 0.99  # of the stored groups: OnPolicyGroupReplay's
 HISTORY = 60  # steps whose groups are at hand for the stored ones
 
 
@@ -66,6 +69,23 @@ class Batch:
     used: np.ndarray
 
 
+class Chance:
+    """A share of R x S runs, as OnPolicyGroupReplay's `fill`."""
+
+    def __init__(self, shape: tuple[int, int]):
+        self.fill = np.full(shape, 0.1)
+        self.rng = np.random.default_rng(2)
+
+    def draw(self) -> np.ndarray:
+        """Uniform random numbers [R, S]."""
+        return self.rng.random(self.fill.shape)
+
+    def learn(self, near: np.ndarray, least: float, some: np.ndarray) -> None:
+        """near: effective sample sizes; some: the runs that have one. Both [R, S]."""
+        change = np.where(near >= least, 1.2, 0.7)
+        self.fill = np.where(some, np.clip(self.fill * change, 0.02, 1.0), self.fill)
+
+
 class Runs:
     """The logits `theta` [R, S, F] of one arm at all rates, with the optimiser of lab/simulate.py."""
 
@@ -75,6 +95,7 @@ class Runs:
         self.rate = np.array(RATES)[:, None, None] * self.one.rate / setting.visit
         self.square = np.repeat(self.one.usual[None], len(RATES), 0)  # [R, S]
         self.momentum = np.zeros_like(self.theta)
+        self.chance = Chance(self.square.shape)  # of a second pass, for the arms that have one
 
     def logits(self, skills: np.ndarray) -> np.ndarray:
         """Of `skills` [R, S, B, K]."""
@@ -141,38 +162,39 @@ def update(runs: Runs, batch: Batch, arm: str) -> np.ndarray:
         np.add.at(total, (*lanes, batch.skills), slope)
         norm = np.linalg.norm(total, axis=2)
         if taken:
-            which = which & gate(arm, ess(ratio, batch.used), norm / np.maximum(first, 1e-12))
+            which = which & gate(arm, ess(ratio, batch.used), norm / np.maximum(first, 1e-12), runs.chance)
         first = norm
         runs.move(total * runs.one.live[None, :, None] / count, which)
     return which
 
 
-def gate(arm: str, near: np.ndarray, growth: np.ndarray) -> np.ndarray:
+def gate(arm: str, near: np.ndarray, growth: np.ndarray, chance: Chance) -> np.ndarray:
     """Which runs may go on to the second pass [R, S]. near: the effective sample size after the first; growth: the
-    norm of the next gradient over the first one's."""
+    norm of the next gradient over the first one's; chance: of arms that hear of `near` when it is over."""
     kind, _, number = arm.partition(" ")
     if kind == "ess":
         return near >= float(number)
     if kind == "norm":
         return growth <= float(number)
+    if kind == "fill":
+        which = chance.draw() < chance.fill
+        chance.learn(near, float(number), which)
+        return which
     return np.ones(near.shape, bool)
 
 
-class Stored:
+class Stored(Chance):
     """The stored groups of all runs, and how many of them come back: OnPolicyGroupReplay for R x S runs."""
 
     def __init__(self, shape: tuple[int, int], places: int):
-        rule = OnPolicyGroupReplay(prompts_per_step=places)
-        self.min_ess = rule.min_ess
-        self.fill = np.full(shape, rule.fill)
-        self.rng = np.random.default_rng(2)
+        super().__init__(shape)
         self.capacity = 2 * places
         self.steps: list[Batch] = []  # newest first
 
     def complete(self, fresh: Batch, places: int) -> Batch:
         """`fresh`, and behind it stored groups for its dead ones, newest first."""
         dead = places - fresh.used.sum(2)
-        room = np.floor(self.fill * dead + np.where(self.fill < 1, self.rng.random(self.fill.shape), 0))
+        room = np.floor(self.fill * dead + np.where(self.fill < 1, self.draw(), 0))
         batch = fresh
         if self.steps:
             old = joined(self.steps)
@@ -181,11 +203,6 @@ class Stored:
             batch = joined([fresh, picked(old, back, places)])
         self.steps = [turned(fresh), *self.steps][:HISTORY]
         return batch
-
-    def learn(self, near: np.ndarray, some: np.ndarray) -> None:
-        """near: effective sample size of what came back; some: where something did. Both [R, S]."""
-        change = np.where(near >= self.min_ess, 1.2, 0.7)
-        self.fill = np.where(some, np.clip(self.fill * change, 0.02, 1.0), self.fill)
 
 
 def turned(batch: Batch) -> Batch:
@@ -224,7 +241,7 @@ def train(setting: Setting, arm: str, seeds: list[int]) -> tuple[np.ndarray, np.
             back[:, :, :places] = False
             old = second_pass.logprob(batch.came_off, runs.logits(batch.skills))
             near = ess(np.exp(old - second_pass.logprob(batch.came_off, batch.birth)), back)
-            stored.learn(near, back.any(2))
+            stored.learn(near, MIN_ESS, back.any(2))
         took = update(runs, batch, arm)
         if arm not in ("plain", "adaptive"):
             second += took.mean(1)

@@ -8,6 +8,7 @@ import pytest
 
 from lab import gates, second_pass
 from lab.gates import Batch, Stored, ess, gate, train
+from lab.rules import OnPolicyGroupReplay
 from lab.simulate import Setting
 from tests.helpers import code_of
 
@@ -62,10 +63,17 @@ def test_effective_sample_size_is_of_the_groups_that_are_used():
 
 
 def test_gates_by_name():
-    near, growth = np.array([[0.8, 0.95]]), np.array([[1.1, 0.9]])
-    assert gate("ess 0.9", near, growth).tolist() == [[False, True]]
-    assert gate("norm 1", near, growth).tolist() == [[False, True]]
-    assert gate("twice", near, growth).all()
+    near, growth, chance = np.array([[0.8, 0.95]]), np.array([[1.1, 0.9]]), gates.Chance((1, 2))
+    assert gate("ess 0.9", near, growth, chance).tolist() == [[False, True]]
+    assert gate("norm 1", near, growth, chance).tolist() == [[False, True]]
+    assert gate("twice", near, growth, chance).all()
+    assert chance.fill.tolist() == [[0.1, 0.1]]
+    for _ in range(60):
+        gate("fill 0.9", near, growth, chance)
+    assert chance.fill[0, 0] < 0.1 and chance.fill[0, 1] > 0.5
+    # it is that of the rule which it stands for
+    rule = OnPolicyGroupReplay()
+    assert (rule.fill, rule.min_ess) == (0.1, gates.MIN_ESS)
 
 
 def test_stored_groups_come_back_newest_first_and_dead_ones_never():

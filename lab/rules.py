@@ -4,15 +4,18 @@ GRESO                   greso         a baseline (2506.02177): pass over prompts
 Beta                    beta          a baseline (MoPPS and its kin): Thompson sampling of pass rates
 Adaptive                adaptive      our own, of prompts: bring back what has lately been worth more than fresh ones
 OnPolicyGroupReplay     adaptive      our own, of answers: POPO as far as stored groups are still nearly on-policy
+SecondPass              (no name)     our own, of updates: a second pass where the first moved the policy little
 LeastDriftGroupReplay   group-kl      POPO's ablation: the groups first that the policy has moved away from least
 OldestGroupReplay       group-oldest  POPO's ablation: the oldest groups first
 """
+
+from dataclasses import replace
 
 import numpy as np
 import torch
 
 import grpo
-from replay import Group, GroupReplay, Uniform
+from replay import Group, GroupReplay, ReplayStore, Uniform
 from support.epochs import within_reach
 
 
@@ -256,6 +259,67 @@ class OnPolicyGroupReplay(GroupReplay):
         if "ess_replayed" in trained:
             change = 1.2 if trained["ess_replayed"] >= self.min_ess else 0.7
             self.fill = min(max(self.fill * change, 0.02 * self.max_fill), self.max_fill)
+
+
+# ---------------------------------------------------------------- our own rule, of updates
+
+
+class SecondPass(ReplayStore):
+    """A second pass over the fresh useful groups, as long as it is right: `--replay lab/rules.py:SecondPass`.
+
+    1. After the update the effective sample size of pi / pi_old is taken over its tokens, as a share of their number.
+    2. Where it is at least `min_ess`, the same answers are trained on once more, clipped around pi_old.
+
+    In the simulator (lab/gates.py) it is at no rate behind one pass, and ahead where two always are; `min_ess` was
+    chosen there. It stores nothing. It costs a forward pass a step, and a backward one where the second pass is taken.
+    """
+
+    DECIDES = "places"
+
+    def __init__(self, min_ess: float = 0.97):
+        if not 0 <= min_ess <= 1:
+            raise ValueError(f"need min_ess in [0, 1], got {min_ess}")
+        super().__init__()
+        self.min_ess = min_ess
+        self.near = 1.0  # effective sample size after the latest first pass
+        self.taken = False
+
+    def attach(self, run) -> None:
+        """ValueError where the run has more than one optimiser step for a batch anyway."""
+        if run.cfg.epochs * run.cfg.minibatches > 1:
+            raise ValueError("SecondPass needs --epochs 1 and --minibatches 1: it decides on the second pass itself")
+        self.run = run
+
+    def complete(self, useful: list[Group], places: int, step: int) -> list[Group]:
+        self.answers = grpo.to_answers(useful, self.run.prompts, step, self.run.cfg.mask_truncated)
+        self.step = step
+        return useful
+
+    def learn(self, trained: dict) -> None:
+        self.near = on_policy_share(self.answers, self.run.policy, self.run.cfg) if self.answers else 1.0
+        self.taken = bool(self.answers) and self.near >= self.min_ess
+        if self.taken:
+            # fresh answers were sampled by pi_old, so that the birth policy's clip is the one around it
+            cfg = replace(self.run.cfg, proximal="birth")
+            again = grpo.update(self.run.policy, self.run.optimizer, self.answers, cfg, self.step, self.run.reference)
+            trained["optimizer_steps"] += again["optimizer_steps"]
+
+    def figures(self, step: int) -> dict:
+        return {"ess_first_pass": self.near, "second_pass": float(self.taken)}
+
+
+@torch.no_grad()
+def on_policy_share(answers: list[grpo.Answer], policy: grpo.Policy, cfg) -> float:
+    """Effective sample size of pi / mu over the tokens of `answers`, as a share of their number."""
+    totals = torch.zeros(3, dtype=torch.float64)  # number, sum and sum of squares
+    for micro in policy.pack(answers, cfg.tokens_per_microbatch):
+        logprob, _ = policy(micro, cfg.temperature)  # [N]
+        behaviour = torch.cat([answers[i].behaviour for i in micro.sequences])
+        count = torch.tensor([answers[i].count for i in micro.sequences])[micro.segment.cpu()]
+        ratio = torch.exp(logprob.cpu() - behaviour).double()
+        totals += torch.stack([count.double().sum(), ratio @ count.double(), ratio.square() @ count.double()])
+    number, total, squares = totals.tolist()
+    return total**2 / (number * squares)
 
 
 # ---------------------------------------------------------------- POPO's ablations

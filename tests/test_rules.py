@@ -20,10 +20,11 @@ from lab.rules import (
     LeastDriftGroupReplay,
     OldestGroupReplay,
     OnPolicyGroupReplay,
+    SecondPass,
     worth,
 )
 from replay import Uniform
-from support import config
+from support import config, plot
 from tests.helpers import G, group, know, restored, run_store, simulate, visits
 
 # ---------------------------------------------------------------- GRESO
@@ -420,3 +421,58 @@ def test_drift_is_measured_with_the_runs_policy(monkeypatch):
     stored = list(store.stored)
     store.complete([], 1, 2)
     assert asked == [(stored, "policy", "prompts", "cfg")]
+
+
+# ---------------------------------------------------------------- a second pass
+
+
+def trained_by(folder, *flags: str) -> list[dict]:
+    """The steps of a short run of the embedded model."""
+    argv = [
+        "--out",
+        str(folder),
+        "--steps",
+        "4",
+        "--prompts-per-step",
+        "8",
+        "--eval-every",
+        "0",
+        "--lr",
+        "1e-3",
+        *flags,
+    ]
+    assert train.main(argv) == 0
+    return plot.read(folder / "metrics.jsonl")
+
+
+@pytest.mark.parametrize(("bound", "plain"), [(0.0, ["--epochs", "2"]), (1.0, [])])
+def test_a_gate_open_is_two_epochs_and_a_gate_shut_is_one(tmp_path, bound, plain):
+    rule = tmp_path / "mine.py"
+    rule.write_text(
+        "from lab.rules import SecondPass\n\n\nclass Mine(SecondPass):\n    def __init__(self):\n"
+        f"        super().__init__(min_ess={bound})\n"
+    )
+    ours = trained_by(tmp_path / "ours", "--replay", f"{rule}:Mine")
+    usual = trained_by(tmp_path / "usual", *plain)
+    for mine, theirs in zip(ours, usual, strict=True):
+        assert mine["reward"] == theirs["reward"] and mine["optimizer_steps"] == theirs["optimizer_steps"]
+        assert mine["entropy"] == pytest.approx(theirs["entropy"], rel=1e-4)  # of what the next policy samples
+    assert {row["second_pass"] for row in ours} == {float(bound == 0)}
+    assert all(row["ess_first_pass"] < 0.9999 for row in ours)
+
+
+def test_a_second_pass_is_refused_where_there_are_several_steps_anyway():
+    run = SimpleNamespace(cfg=train.Config(epochs=2))
+    with pytest.raises(ValueError, match="needs --epochs 1 and --minibatches 1"):
+        SecondPass().attach(run)
+    with pytest.raises(ValueError, match="min_ess in"):
+        SecondPass(min_ess=1.5)
+
+
+def test_a_step_without_a_useful_group_has_no_second_pass():
+    store = SecondPass()
+    store.attach(SimpleNamespace(cfg=train.Config(), prompts=[], policy=None))
+    assert store.complete([], 4, 1) == []
+    trained = {"optimizer_steps": 1}
+    store.learn(trained)
+    assert trained == {"optimizer_steps": 1} and store.figures(1)["second_pass"] == 0

@@ -279,6 +279,30 @@ def second_pass_table(cells: dict[str, dict]) -> str:
     return f"{head}\n\n{markdown(['cell', *some['accuracy'], *some['tests']], rows)}"
 
 
+def gates_table(cells: dict[str, dict]) -> str:
+    """Every arm of lab/gates.py: at how many of all rates it is behind one pass and ahead of it, and tuned, by cell."""
+    some = next(iter(cells.values()))
+    rows = []
+    for arm in some["arms"]:
+        if arm == "plain":
+            continue
+        tests = [test for cell in cells.values() for test in cell["arms"][arm]["by_rate"]]
+        behind = sum(test["high"] < 0 for test in tests)
+        ahead = sum(test["low"] > 0 for test in tests)
+        mean = 100 * np.mean([test["mean"] for test in tests])
+        worst = 100 * min(test["mean"] for test in tests)
+        tuned = [points_of(cell["arms"][arm]["tuned"]) for cell in cells.values()]
+        rows.append([arm, str(behind), str(ahead), f"{mean:+.1f}", f"{worst:+.1f}", *tuned])
+    runs = len(cells) * some["seeds"] * len(some["arms"]) * len(some["tried"])
+    hours = sum(cell["cpu_seconds"] for cell in cells.values()) / 3600
+    head = (
+        f"Exact accuracy in points against one pass, {some['seeds']} matched seeds, 95 % intervals without correction. "
+        f"Behind, ahead: at how many of {len(cells) * len(some['tried'])} rates (of all cells) the interval excludes "
+        f"zero; mean, worst: over these. By cell: tuned for each arm. {runs} runs, {hours:.2g} CPU hours."
+    )
+    return f"{head}\n\n{markdown(['arm', 'behind', 'ahead', 'mean', 'worst', *cells], rows)}"
+
+
 def bound_sign(cell: dict, rule: str) -> str:
     return ">" if cell["rules"][rule]["late"]["reached"] < cell["seeds"] else ""
 
@@ -483,8 +507,11 @@ def tables() -> dict[str, str]:
     made = {}
     for name in ("none", "digits", "hard", "beta", "refilled", "draw", "popo", "claims", "countdown"):
         made[name] = overview_table(read_results(name))
+    if read_results("long"):  # its campaign goes on, a session at a time
+        made["long"] = long_table(read_results("long"))
     made["seconds"] = overview_table(read_results("seconds"), "seconds")
     made["second-pass"] = second_pass_table(json.loads((RESULTS / "second-pass.json").read_text())["cells"])
+    made["gates"] = gates_table(json.loads((RESULTS / "gates.json").read_text())["cells"])
     made["map"] = map_table(read_map())
     made["gpus"] = gpus.table()
     made["gpus-8b"] = gpus.table(gpus.ROWS[:4])
@@ -518,7 +545,9 @@ def figures(folder: Path) -> list[Path]:
     reference = DOCS / "reference"
     with np.load(VISITS) as file:
         visits = file["visits"]
+    long = read_results("long")
     return [
+        *([by_rate(long, folder / "long.png")] if long else []),
         plot.curves(reference / "prompt", reference / "none", folder / "curves.png"),
         lives.draw(visits, folder / "lives.png"),
         demo_figure.demo(demo, folder / "demo.png"),

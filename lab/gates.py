@@ -32,7 +32,7 @@ from pathlib import Path
 import numpy as np
 
 from lab import second_pass, simulate
-from lab.figures import markdown, points_of
+from lab.figures import gates_table
 from lab.second_pass import CELLS, CLIP_HIGH, CLIP_LOW, IS_CAP, POINTS, RATES
 from lab.simulate import MEMORY, MOMENTUM, Policy, Setting, sigmoid
 from replay import Uniform
@@ -278,22 +278,6 @@ def judge(setting: Setting, arms: list[str], seeds: list[int]) -> dict:
     }
 
 
-def table(cells: dict[str, dict]) -> str:
-    """A row for each arm: at how many of all fixed rates it is behind plain and ahead of it, and tuned, by cell."""
-    rows = []
-    for arm in next(iter(cells.values()))["arms"]:
-        if arm == "plain":
-            continue
-        tests = [test for cell in cells.values() for test in cell["arms"][arm]["by_rate"]]
-        behind = sum(test["high"] < 0 for test in tests)
-        ahead = sum(test["low"] > 0 for test in tests)
-        mean = 100 * np.mean([test["mean"] for test in tests])
-        worst = 100 * min(test["mean"] for test in tests)
-        tuned = [points_of(cell["arms"][arm]["tuned"]) for cell in cells.values()]
-        rows.append([arm, f"{behind}, {ahead} of {len(tests)}", f"{mean:+.1f}, {worst:+.1f}", *tuned])
-    return markdown(["arm", "behind, ahead", "mean, worst", *cells], rows)
-
-
 @exits(2, ValueError, OSError)
 def main(argv: list[str]) -> int:
     flags, _ = parse(Flags, argv, __doc__)
@@ -309,9 +293,9 @@ def main(argv: list[str]) -> int:
     path.parent.mkdir(parents=True, exist_ok=True)
     for name in flags.cells:
         cells[name] = judge(CELLS[name], arms, seeds)
-        path.write_text(json.dumps(stats.rounded(result), indent=1) + "\n")
+        path.write_text(json.dumps(stats.rounded(result)) + "\n")
         print(f"{name}: {cells[name]['cpu_seconds']:.0f} CPU seconds", file=sys.stderr)
-    print(table(cells))
+    print(gates_table(cells))
     print(f"numbers: {path}")
     return 0
 

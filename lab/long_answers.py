@@ -161,7 +161,7 @@ def properties(folder: Path, count: int, answers: int) -> str:
         f"lengths: {np.min(lengths)} to {np.max(lengths)}, mean {np.mean(lengths):.0f}, tenths {low:.0f} {mid:.0f} "
         f"{high:.0f}; {np.ptp(lengths, axis=1).mean():.0f} from the shortest to the longest answer of a prompt\n"
         f"pass rates: mean {np.mean(rates):.3f}, the pupil's {np.mean(meant):.3f}, correlation "
-        f"{np.corrcoef(rates, meant)[0, 1]:.2f}; shares at 0, up to 1/4, 1/2, 3/4, below 1, at 1: {shares.round(2)}\n"
+        f"{np.corrcoef(rates, meant)[0, 1]:.2f}; shares at 0, below 1/4, 1/2, 3/4, 1, at 1: {shares.round(2)}\n"
         f"{np.sum(lengths) / seconds:,.0f} tokens a CPU second"
     )
 

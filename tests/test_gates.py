@@ -98,5 +98,5 @@ def test_the_command(tmp_path, capsys, monkeypatch):
     assert gates.main(["--cells", "usual", "--arms", "twice", "ess 0.99", "--seeds", "4", "--out", str(out)]) == 0
     arms = json.loads(out.read_text())["cells"]["usual"]["arms"]
     assert set(arms) == {"plain", "twice", "ess 0.99"} and arms["plain"]["tuned"]["mean"] == 0
-    assert "of 2 |" in capsys.readouterr().out
+    assert "of 2 rates" in capsys.readouterr().out
     assert code_of(gates.main, ["--arms", "ess"]) == 2

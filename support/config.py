@@ -90,6 +90,17 @@ NEEDS = {
 }
 
 
+def interrupted(kind: type, error: BaseException, trace) -> None:
+    """What a program says that an exception ends: of Ctrl-C one word, wherever it falls, among the imports too."""
+    if issubclass(kind, KeyboardInterrupt):
+        print("stopped", file=sys.stderr)
+    else:
+        sys.__excepthook__(kind, error, trace)
+
+
+sys.excepthook = interrupted
+
+
 def flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 

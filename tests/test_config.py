@@ -570,3 +570,11 @@ def test_control_c_is_one_line(capsys, signals):
     with pytest.raises(SystemExit) as stop, config.exits(2, ValueError):
         raise KeyboardInterrupt(*signals)
     assert stop.value.code == (143 if signals else 130) and capsys.readouterr().err == "stopped at once\n"
+
+
+@pytest.mark.parametrize(("raised", "said"), [("KeyboardInterrupt", "stopped\n"), ("KeyError(5)", "Traceback")])
+def test_control_c_among_the_imports_is_one_word(raised, said):
+    code = f"import support.config; raise {raised}"
+    done = subprocess.run([sys.executable, "-c", code], cwd=config.ROOT, capture_output=True, text=True)
+    assert done.returncode in (1, -signal.SIGINT) and done.stderr.startswith(said)
+    assert done.stderr == said or "KeyError" in raised

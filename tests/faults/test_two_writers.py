@@ -1,9 +1,15 @@
 """Two processes where one is meant: in the folder of a run, and at the embedded model."""
 
+import json
+import subprocess
+import sys
+import time
+
 import pytest
 
+from support import checkpoint, config
 from tasks import tiny
-from tests.faults.harness import Child, left_behind, run, start, steps_of, wait_until
+from tests.faults.harness import WALL_SECONDS, Child, left_behind, run, start, steps_of, wait_until
 
 pytestmark = pytest.mark.slow
 
@@ -56,3 +62,25 @@ def test_a_killed_maker_is_followed(count, tmp_path):
     end = second.end()
     whole = (place / "config.json").exists() and not place.with_name("tiny-model.partial").exists()
     count("a maker of the embedded model that is killed", end.code == 0 and whole, end.text)
+
+
+def test_a_comparison_that_is_killed_takes_its_runs_with_it(count, tmp_path):
+    """Else the same command, given again, would meet them at work."""
+    run_folder = tmp_path / "out" / "none-s0"
+    command = [sys.executable, "-m", "lab.compare", "--methods", "none", "--seeds", "1", "--out", str(tmp_path / "out")]
+    command += ["--jobs", "1", "--budget-rollouts", "400", "--", "--prompts-per-step", "4", "--answers-per-prompt", "4"]
+    command += ["--eval-every", "20", "--eval-prompts", "6"]
+    first = subprocess.Popen(command, cwd=config.ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while steps_of(run_folder) < 5:
+        assert first.poll() is None
+    first.kill()
+    first.wait()
+    end = time.monotonic() + WALL_SECONDS
+    while checkpoint.in_use(run_folder) and time.monotonic() < end:
+        time.sleep(0.1)
+    done = steps_of(run_folder)
+    count("a comparison that is killed: its run saves and leaves", 5 <= done < 25, f"{done} steps")
+    second = subprocess.run(command, cwd=config.ROOT, capture_output=True, text=True)
+    steps = [json.loads(line)["step"] for line in (run_folder / "metrics.jsonl").read_text().splitlines()]
+    held = second.returncode == 0 and steps == list(range(1, 26))
+    count("a comparison that is killed: the same command goes on", held, second.stderr[-900:])

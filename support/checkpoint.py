@@ -277,9 +277,9 @@ def resume(run, free: set[str]) -> None:
     paths = ranks.from_main(checkpoints(run.folder / "checkpoints"))
     if not paths and not ranks.from_main(is_run(run.folder)):
         raise ValueError(f"nothing to resume in {run.folder}: it has no checkpoint; start the run without --resume")
-    on_main(lambda: lock(run.folder))
+    ranks.on_main(lambda: lock(run.folder))
     if not paths:
-        on_main(lambda: check_unsaved(run.folder))
+        ranks.on_main(lambda: check_unsaved(run.folder))
 
     # the newest one that is whole
     damaged = []
@@ -308,7 +308,7 @@ def resume(run, free: set[str]) -> None:
         if path is None:
             print(f"{run.folder} was stopped before its first checkpoint: it starts anew", file=sys.stderr)
 
-    on_main(tidy)
+    ranks.on_main(tidy)
 
 
 def check_unsaved(folder: Path) -> None:
@@ -320,19 +320,6 @@ def check_unsaved(folder: Path) -> None:
         return
     if done >= every:
         raise ValueError(f"{folder} has done {done} steps, and its checkpoints are gone; start anew with another --out")
-
-
-def on_main(function) -> None:
-    """Calls `function` on rank 0; all ranks raise ValueError where it does so, or OSError."""
-    message = ""
-    if ranks.is_main():
-        try:
-            function()
-        except (ValueError, OSError) as error:
-            message = str(error)
-    message = ranks.from_main(message)
-    if message:
-        raise ValueError(message)
 
 
 def fault(folder: Path) -> str:

@@ -1,5 +1,6 @@
 """Models as Hugging Face has them: loading, what has to be switched off before training, and the optimiser."""
 
+import contextlib
 from types import SimpleNamespace
 
 import torch
@@ -15,25 +16,15 @@ def load_model(path: str, gradient_checkpointing: bool = False, device: str | No
     weights: sharding takes them from there layer by layer (ranks.shard), since no GPU need hold them. ValueError, in
     one line, if no model can be loaded from `path`.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer, logging
+    from transformers import AutoTokenizer, logging
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    try:
+    with in_one_line(path):
         tokenizer = AutoTokenizer.from_pretrained(path)
-        if ranks.is_main():
-            model, report = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, output_loading_info=True)
-        else:
-            model = without_weights(path)
-    except Exception as error:  # transformers raises half a dozen kinds here, some with pages of text
-        first = str(error).strip().split("\n")[0]
-        raise ValueError(
-            f"no model can be loaded from {path!r} ({type(error).__name__}: {first}); give a Hugging Face id, or "
-            "a folder with config, weights and tokenizer"
-        ) from error
-
-    if ranks.is_main():
-        check_weights(path, model, report)
+    model = ranks.on_main(lambda: with_weights(path))
+    if model is None:
+        model = without_weights(path)
 
     # An answer may end in any of the ids that the model's own generation stops at.
     stop = model.generation_config.eos_token_id
@@ -51,6 +42,29 @@ def load_model(path: str, gradient_checkpointing: bool = False, device: str | No
     model = model.to(device).eval()
     without_dropout(model)
     return model, tokenizer, stop_ids
+
+
+@contextlib.contextmanager
+def in_one_line(path: str):
+    """Turns an error of transformers into ValueError: it raises half a dozen kinds, some with pages of text."""
+    try:
+        yield
+    except Exception as error:
+        first = str(error).strip().split("\n")[0]
+        raise ValueError(
+            f"no model can be loaded from {path!r} ({type(error).__name__}: {first}); give a Hugging Face id, or "
+            "a folder with config, weights and tokenizer"
+        ) from error
+
+
+def with_weights(path: str):
+    """The model at `path` in float32. ValueError, in one line, if it cannot be read, or not whole."""
+    from transformers import AutoModelForCausalLM
+
+    with in_one_line(path):
+        model, report = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, output_loading_info=True)
+    check_weights(path, model, report)
+    return model
 
 
 def without_weights(path: str):
@@ -112,12 +126,15 @@ def use_varlen_attention(model, dtype: str = "bfloat16") -> bool:
     return model.device.type == "cuda"
 
 
-@torch.no_grad()
 def check_policy(policy) -> None:
     """ValueError where the forward of `policy` (grpo.Policy) is not the model's own: heads that scale, cap
     or shift their logits, and layers that do not keep packed answers apart."""
-    if not ranks.is_main():
-        return  # its weights have not been read
+    ranks.on_main(lambda: compare_with_own(policy))  # the others have no weights yet
+
+
+@torch.no_grad()
+def compare_with_own(policy) -> None:
+    """`check_policy` of this rank."""
     model = policy.model
     low = has_varlen(model)  # these kernels know no float32
     vocabulary = model.get_input_embeddings().num_embeddings

@@ -81,6 +81,23 @@ def from_main(value):
     return box[0]
 
 
+def on_main(function):
+    """Calls `function` on rank 0 alone, which gets its result. All ranks raise ValueError where it does, or OSError."""
+    if WORLD == 1:
+        return function()
+    result = None
+    message = ""
+    if is_main():
+        try:
+            result = function()
+        except (ValueError, OSError) as error:
+            message = str(error)
+    message = from_main(message)
+    if message:
+        raise ValueError(message)
+    return result
+
+
 def total(values: list[float]) -> list[float]:
     """Sums over ranks."""
     sums = torch.tensor(values, dtype=torch.float64)

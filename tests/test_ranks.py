@@ -197,6 +197,21 @@ def test_a_signal_stops_all_ranks_after_the_same_step(tmp_path):
     assert [row["step"] for row in plot.read(tmp_path / "run" / "metrics.jsonl")] == list(range(1, len(rows) + 3))
 
 
+@pytest.mark.slow
+def test_bad_weights_are_said_once_though_one_rank_alone_reads_them(tmp_path):
+    model, tokenizer, _ = load_model(str(tiny.home()))
+    with torch.no_grad():
+        model.model.layers[0].mlp.up_proj.weight[0, 0] = torch.nan
+    model.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    (tmp_path / "mine.jsonl").write_text('{"problem": "1+1=", "answer": "2"}\n')
+    flags = ["--model", str(tmp_path / "model"), "--data", str(tmp_path / "mine.jsonl"), "--instruction", "none"]
+    process = start(tmp_path / "run", *flags)
+    text, _ = process.communicate(timeout=120)
+    assert process.returncode != 0 and len(re.findall("^error: .*not finite", text, re.M)) == 1
+    assert "lost another rank" not in text
+
+
 def test_bad_input_is_said_once_and_ends_every_rank(tmp_path):
     process = start(tmp_path / "run", "--share", "2")
     text, _ = process.communicate(timeout=120)

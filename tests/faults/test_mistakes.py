@@ -141,7 +141,7 @@ CONFIGS = {
     "a chat template that fails": ("tokenizer_config.json", {"chat_template": "{{ 1 / 0 }}"}),
     "a chat template without an end": ("tokenizer_config.json", {"chat_template": "{% for x in messages %}"}),
     "a chat template that says nothing": ("tokenizer_config.json", {"chat_template": "{# #}"}),
-    "a chat template of a gigabyte": ("tokenizer_config.json", {"chat_template": "{{ 'x' * 10**9 }}"}),
+    "a chat template of a hundred megabytes": ("tokenizer_config.json", {"chat_template": "{{ 'x' * 10**8 }}"}),
 }
 
 

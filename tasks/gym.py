@@ -5,12 +5,13 @@
     --task gym:countdown,size=3000+chain_sum,size=1000   a mixture, by the sizes of its parts
     --task gym:mini_countdown                            three numbers up to 20, for which a small model is made
 
-Every part takes `size` (rows to train on, 2,000 by default) and `seed` too. Held-out rows come from another seed.
+Every part takes `size` (rows to train on, 2,000 by default) and `seed` too. Held-out rows come from another seed. Rows
+of isomorphic_strings, polynomial_multiplication and ransom_note change with PYTHONHASHSEED.
 
 An answer is what stands between the last <answer> and </answer> of a response, behind any </think>. A scorer gives it a
 number from 0 to 1, and few give 0 to a wrong one: Countdown gives 0.01 or 0.05. So the reward `gym` is 1 from RIGHT on,
-and 0 below; else no group would be dead, and 0.04 more than the others would be a full advantage. `gym-partial` is the
-number as it is.
+and 0 below; else hardly a group would be dead, and 0.04 more than the others would be a full advantage. `gym-partial`
+is the number as it is.
 """
 
 import base64

@@ -262,7 +262,7 @@ def curve(arm: list[dict], cost: str) -> dict:
 
 
 def differing_settings(runs: list[dict], methods: list[str]) -> dict[str, dict[str, str]]:
-    """Each method's value of every setting that is not the same for all; a/b where runs of one method
+    """Each method's value of every setting that is not the same for all; a / b where runs of one method
     differ. A setting that some run does not know, as it is of an earlier version, is left out."""
     names = sorted(set.intersection(*(set(run["config"]) for run in runs)) - KEEPING)
     found = {}
@@ -270,8 +270,8 @@ def differing_settings(runs: list[dict], methods: list[str]) -> dict[str, dict[s
         values = {}
         for method in methods:
             own = {str(run["config"].get(name)) for run in runs if run["method"] == method}
-            values[method] = "/".join(sorted(own))
-        if len(set(values.values())) > 1 or any("/" in value for value in values.values()):
+            values[method] = " / ".join(sorted(own))
+        if len(set(values.values())) > 1 or any(" / " in value for value in values.values()):
             found[name] = values
     return found
 

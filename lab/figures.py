@@ -133,7 +133,7 @@ def differences_list(result: dict) -> str:
         for method, value in values.items():
             if value not in (values[base], method):
                 others.append(f"{plot.label_of(method)} {value}")
-        if others or "/" in values[base]:
+        if others or " / " in values[base]:
             lines.append(f"- `{name}`: {'; '.join([values[base], *others])}")
     if not lines:
         return "The arms differ in no setting but the method."

@@ -128,6 +128,7 @@ def test_every_setting_in_which_arms_differ_stands_under_the_table():
     runs = [run_of(method, seed, [0.1, 0.2]) for seed in (0, 1) for method in ("none", "prompt")]
     for run in runs:
         run["config"] |= {
+            "model": "out/a-path",  # the same for all
             "lr": 1e-4,
             "mask_truncated": run["method"] == "prompt",
             "out": f"{run['method']}{run['seed']}",
@@ -138,7 +139,7 @@ def test_every_setting_in_which_arms_differ_stands_under_the_table():
     result = compare.analyse(runs, methods) | HELD_OUT | {"differences": found}
     assert figures.differences_list(result).endswith("- `mask_truncated`: False; Prompt Replay True")
     runs[0]["config"]["lr"] = 2e-4  # runs of one arm differ
-    assert compare.differing_settings(runs, methods)["lr"]["none"] == "0.0001/0.0002"
+    assert compare.differing_settings(runs, methods)["lr"]["none"] == "0.0001 / 0.0002"
 
 
 def test_without_sharing_the_tables_speak_of_training_prompts():

@@ -318,7 +318,7 @@ def check_unsaved(folder: Path) -> None:
         done = (folder / "metrics.jsonl").read_bytes().count(b"\n")
     except (OSError, ValueError, TypeError, LookupError, RecursionError):  # stopped before these were there
         return
-    if done >= every:
+    if done > every:  # one that was killed inside its first save has done as many
         raise ValueError(f"{folder} has done {done} steps, and its checkpoints are gone; start anew with another --out")
 
 

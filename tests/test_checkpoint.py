@@ -553,6 +553,8 @@ def test_a_run_whose_checkpoints_are_gone_is_not_begun_anew_over_its_rows(folder
     with pytest.raises(ValueError, match="has done 6 steps, and its checkpoints are gone"):
         resumed(folder)
     assert len(rows(folder)) == 6
+    log.write_aside(folder / "config.json", json.dumps({"save_every": 6}))  # killed inside its first save
+    assert resumed(folder).step == 0 and rows(folder) == []
 
 
 def test_stopped_before_its_first_step_a_run_starts_anew_both_ways(tmp_path):

@@ -38,6 +38,7 @@ class _ChunkedLogProb(torch.autograd.Function):
             normaliser[rows] = most + total.log()
             logprob[rows] = logits.gather(1, targets[rows, None])[:, 0] - normaliser[rows]
             entropy[rows] = normaliser[rows] - odds.mul_(logits).sum(-1) / total
+            del logits, odds  # before the next chunk is made
         ctx.save_for_backward(hidden, weight, targets, normaliser)
         ctx.inverse_temperature = inverse_temperature
         ctx.chunk = chunk
@@ -57,6 +58,7 @@ class _ChunkedLogProb(torch.autograd.Function):
             slope = slope.scatter_add_(1, targets[rows, None], size).to(weight.dtype)
             grad_hidden[rows] = slope @ weight
             grad_weight += slope.T @ hidden[rows]
+            del logits, slope
         return grad_hidden, grad_weight.to(weight.dtype), None, None, None
 
 

@@ -13,7 +13,7 @@ engine sleeps, and one of three moments needs most. Dense models, bytes:
     else on the host, while the model is loaded: 4.9 P of the first rank; and of each 4 P for each whole copy that a
     reference model or the transformers engine is made from
     kept of a layer until its backward pass: A = T (26 H + 14 Q + 6 K + 8 I); with checkpointing 4 T H
-    end of the forward pass: 14 x 2^27 for chunks of logits, 18 T H
+    end of the forward pass: 8 x 2^27 for a chunk of logits, 18 T H
     head's backward pass:    6 x 2^27 for a chunk of logits, 12 T H, and 6 V H for its gradient before it is added
     a layer's backward pass: A if checkpointed, and T (2 I + 4 H) for gradients on the way
     bf16 copies of weights that autocast makes: 2 U at the end of the forward pass, kept for the backward pass unless
@@ -178,7 +178,7 @@ def update_memory(s: dict, cfg, place: str) -> dict[str, float]:
     logits = min(CHUNK, tokens * s["vocabulary"])
     wide = 1 if has_bfloat16(cfg) else 2  # what is computed in float32 takes twice as much
 
-    forward_end = {"activations": kept, "head and logits": 14 * logits + 18 * hidden, "gradients on the way": 0}
+    forward_end = {"activations": kept, "head and logits": 8 * logits + 18 * hidden, "gradients on the way": 0}
     head_backward = {
         "activations": kept,
         "head and logits": 6 * logits + 12 * hidden,

@@ -248,8 +248,8 @@ def plan_work(policy: Policy, answers: list[Answer], cfg, step: int) -> list[Wor
     if cfg.minibatches > 1:
         random.Random(f"{cfg.seed} {step}").shuffle(answers)
     work = []
-    for i in range(min(cfg.minibatches, len(answers))):
-        batch = answers[i :: cfg.minibatches]
+    for first in range(min(cfg.minibatches, len(answers))):
+        batch = answers[first :: cfg.minibatches]
         # The weights are those of the whole optimiser step, whatever part of it is this rank's.
         lengths = torch.tensor([len(answer.tokens) for answer in batch])
         counts = torch.tensor([answer.count for answer in batch])
@@ -318,7 +318,7 @@ def microbatch_loss(policy: Policy, reference, part: Work, number: int, cfg, sum
     if not micro.sequences:
         return logprob.sum()  # zero; its backward pass keeps the sharded ranks in step
 
-    # One entry a token, from one an answer.
+    # One entry a token, from one an answer. float64, because the log's sums run over millions of tokens.
     rows = [part.answers[i] for i in micro.sequences]
     behaviour = torch.cat([answer.behaviour for answer in rows]).to(logprob.device)
     old = part.old[number] if part.old else logprob.detach()

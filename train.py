@@ -209,8 +209,8 @@ class Run:
 
         # The rules. Then the engine: vLLM takes its share of the GPU before the trainer does.
         self.sampler, self.stores = make_rules(cfg, len(self.prompts))
-        places = self.stores.get("places")
-        self.refills = places if isinstance(places, DynamicSampling) else None  # a step fills its batch in rounds
+        filler = self.stores.get("places")
+        self.refills = filler if isinstance(filler, DynamicSampling) else None  # a step fills its batch in rounds
         self.reference = None  # the model as loaded, for the KL
         if cfg.kl:
             self.reference = grpo.Policy(copy.deepcopy(model).requires_grad_(False), cfg.dtype)
@@ -315,8 +315,8 @@ def train(run: Run) -> int:
     places = cfg.prompts_per_step
     first = {"eval_accuracy_start": evaluate(run)} if run.held_out and run.step == 0 else {}
     stop = ranks.Stop()  # before the first step there is nothing to save, and a signal ends the run at once
-    progress = log.steps_left(run)
-    for step in progress:
+    bar = log.steps_left(run)
+    for step in bar:
         run.seconds = dict.fromkeys(("rollout", "reward", "update", "sync"), 0.0)
         groups: list[Group] = []  # all that are generated in this step
         useful: list[Group] = []  # those with a gradient; dead groups never reach the update
@@ -361,7 +361,7 @@ def train(run: Run) -> int:
         last = step >= cfg.steps or 0 < cfg.max_rollouts <= run.rollouts
         if run.held_out and (last or step % cfg.eval_every == 0):
             row["eval_accuracy"] = evaluate(run)
-        log.write(run, row, progress, groups)
+        log.write(run, row, bar, groups)
         ended_by = stop.agreed() if ranks.WORLD > 1 else stop.signal
         if ended_by or last or step % cfg.save_every == 0:
             checkpoint.save(run)

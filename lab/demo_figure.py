@@ -1,9 +1,10 @@
-"""The README's figure: held-out accuracy over rollouts, plain GRPO and POPO, from lab/results/demo.json.
+"""The README's figure: held-out accuracy over rollouts, plain GRPO, POPO and a control, from lab/results/demo.json.
 
     python -m lab.demo_figure                   draws docs/figures/demo.png
     python -m lab.demo_figure out/demo/*        first makes lab/results/demo.json anew from these runs
 
-The file holds the commands of the runs. Both have one objective, so that what differs is the store.
+The file holds the commands of the runs. All have one objective. POPO differs from plain GRPO in its store alone, the
+control `twice` in a second pass over the fresh answers alone.
 """
 
 import json
@@ -17,10 +18,16 @@ from support.config import ROOT
 
 RESULTS = ROOT / "lab" / "results" / "demo.json"
 FIGURE = ROOT / "docs" / "figures" / "demo.png"
-LABELS = {"none": "plain GRPO", "group": "POPO: stored groups\nin place of dead ones"}
+LABELS = {
+    "none": "plain GRPO",
+    "group": "POPO: stored groups\nin place of dead ones",
+    "twice": "control: a second pass,\nnothing stored",
+}
+PLAIN = "python train.py --advantage std --clip-high 0.28 --dual-clip 10 --lr 2e-4 --steps 300 --seed SEED"
 COMMANDS = {
-    "none": "python train.py --advantage std --clip-high 0.28 --dual-clip 10 --lr 2e-4 --steps 300 --seed SEED",
+    "none": PLAIN,
     "group": "python train.py --replay popo --lr 2e-4 --steps 300 --seed SEED",
+    "twice": f"{PLAIN} --epochs 2",
 }
 SAME = ("lr", "steps", "advantage", "clip_high", "dual_clip", "normaliser", "prompts_per_step", "eval_every")
 
@@ -33,6 +40,8 @@ def collect(folders: list[str]) -> dict:
     for folder in map(Path, folders):
         config = json.loads((folder / "config.json").read_text())
         method = config["replay"].replace("popo", "group")
+        if config["epochs"] == 2:
+            method = {"none": "twice"}.get(method, method)
         if method not in curves:
             raise ValueError(f"{folder} is a run with --replay {method}; the figure shows none and popo")
         rollouts = []
@@ -53,26 +62,28 @@ def collect(folders: list[str]) -> dict:
     # runs that differ in more than the store and the seed would show something else
     if any(other != settings[0] for other in settings):
         raise ValueError(f"these runs differ in one of {', '.join(SAME)}")
-    if curves["none"]["seeds"].keys() != curves["group"]["seeds"].keys():
-        raise ValueError("the two methods need runs of the same seeds")
+    if any(curve["seeds"].keys() != curves["none"]["seeds"].keys() for curve in curves.values()):
+        raise ValueError("all methods need runs of the same seeds")
     return {"commands": COMMANDS, "commit": config.get("commit", ""), "seconds": seconds, "curves": curves}
 
 
 def demo(result: dict, path: Path) -> Path:
-    """A thin line for each run, a thick one for the mean over seeds."""
+    """A thin line for each run, a thick one for the mean over seeds; of the control the mean alone."""
     pyplot = plot.pyplot()
     pyplot.rcParams.update({"font.size": 15})
     figure, axis = pyplot.subplots(figsize=(8, 4.6), layout="constrained")
     for method, curve in result["curves"].items():
         thousands = np.array(curve["rollouts"]) / 1000
         runs = 100 * np.array(list(curve["seeds"].values()))  # [S, N]
-        for run in runs:
-            axis.plot(thousands, run, color=plot.COLOURS[method], linewidth=0.8, alpha=0.35)
-        axis.plot(thousands, runs.mean(0), color=plot.COLOURS[method], linewidth=3)
+        if method == "twice":
+            axis.plot(thousands, runs.mean(0), color=plot.COLOURS[method], linewidth=2, linestyle="--")
+        else:
+            axis.plot(thousands, runs.T, color=plot.COLOURS[method], linewidth=0.8, alpha=0.35)
+            axis.plot(thousands, runs.mean(0), color=plot.COLOURS[method], linewidth=3)
         place_label(axis, method, thousands, runs.mean(0))
     seeds = len(result["curves"]["none"]["seeds"])
     axis.set(xlim=(0, None), ylim=(20, 90))
-    axis.set_xlabel(f"rollouts (answers generated), thousands\n{took(result, 2 * seeds)}")
+    axis.set_xlabel(f"rollouts (answers generated), thousands\n{took(result, len(result['curves']) * seeds)}")
     axis.set_ylabel("held-out accuracy, %")
     axis.set_title(f"The same rollouts, the same objective, {seeds} matched seeds (thick: mean)", fontsize=14)
     axis.grid(color="#eeeeee")

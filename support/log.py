@@ -246,7 +246,7 @@ def samples(run, groups: list, step: int, count: int = 2) -> list[dict]:
     return rows
 
 
-def write(run, row: dict, progress, groups: list) -> None:
+def write(run, row: dict, bar, groups: list) -> None:
     """One step to metrics.jsonl, to the console, and on evaluation steps some answers of `groups` to
     samples.jsonl."""
     if ranks.RANK > 0:
@@ -260,7 +260,7 @@ def write(run, row: dict, progress, groups: list) -> None:
         run.mirror.log(row)
         run.mirror.samples(examples)
     try:
-        progress.write(line(row, EVALUATED.get(run.cfg.sharing, "held-out")))
+        bar.write(line(row, EVALUATED.get(run.cfg.sharing, "held-out")))
     except BrokenPipeError:  # of `| head`, or of a pipe to a program that was killed
         ranks.lost_reader()
 

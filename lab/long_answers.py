@@ -5,7 +5,7 @@
 
 What sets it apart from the embedded task (tasks/tiny.py), whose pupil and lessons it shares: answers of 60 to 200
 tokens, of varying length for one prompt, too; an error can come at any of some twenty digits, and all that follows
-builds on it; rollouts are most of the cost; a visit moves a prompt little.
+builds on it; rollouts are about half of the cost; a visit moves a prompt little.
 
 0317+0085*c= says: add 85 three times to 317. Its answer has a block for each time. It names the block, restates what is
 added, works it out digit by digit with carries from the right, and now and then says the new total once more:

@@ -20,8 +20,8 @@ RESULTS = ROOT / "lab" / "results" / "demo.json"
 FIGURE = ROOT / "docs" / "figures" / "demo.png"
 LABELS = {
     "none": "plain GRPO",
-    "group": "POPO: stored groups\nin place of dead ones",
-    "twice": "control: a second pass,\nnothing stored",
+    "group": "POPO: stored groups in place of dead ones",
+    "twice": "control: a second pass, nothing stored",
 }
 PLAIN = "python train.py --advantage std --clip-high 0.28 --dual-clip 10 --lr 2e-4 --steps 300 --seed SEED"
 COMMANDS = {
@@ -36,7 +36,6 @@ def collect(folders: list[str]) -> dict:
     """Accuracy at each evaluation of these runs, by method and seed. ValueError for runs that cannot stand together."""
     curves = {method: {"rollouts": [], "seeds": {}} for method in COMMANDS}
     settings = []
-    seconds = 0.0  # in steps
     for folder in map(Path, folders):
         config = json.loads((folder / "config.json").read_text())
         method = config["replay"].replace("popo", "group")
@@ -54,7 +53,6 @@ def collect(folders: list[str]) -> dict:
             if "eval_accuracy" in row:
                 rollouts.append(row["rollouts"])
                 accuracies.append(row["eval_accuracy"])
-            seconds += row["seconds_total"]
         curves[method]["rollouts"] = rollouts
         curves[method]["seeds"][str(config["seed"])] = accuracies
         settings.append([config[name] for name in SAME])
@@ -64,7 +62,7 @@ def collect(folders: list[str]) -> dict:
         raise ValueError(f"these runs differ in one of {', '.join(SAME)}")
     if any(curve["seeds"].keys() != curves["none"]["seeds"].keys() for curve in curves.values()):
         raise ValueError("all methods need runs of the same seeds")
-    return {"commands": COMMANDS, "commit": config.get("commit", ""), "seconds": seconds, "curves": curves}
+    return {"commands": COMMANDS, "commit": config.get("commit", ""), "curves": curves}
 
 
 def demo(result: dict, path: Path) -> Path:
@@ -76,16 +74,18 @@ def demo(result: dict, path: Path) -> Path:
         thousands = np.array(curve["rollouts"]) / 1000
         runs = 100 * np.array(list(curve["seeds"].values()))  # [S, N]
         if method == "twice":
-            axis.plot(thousands, runs.mean(0), color=plot.COLOURS[method], linewidth=2, linestyle="--")
+            style = {"linewidth": 2, "linestyle": "--"}
         else:
             axis.plot(thousands, runs.T, color=plot.COLOURS[method], linewidth=0.8, alpha=0.35)
-            axis.plot(thousands, runs.mean(0), color=plot.COLOURS[method], linewidth=3)
-        place_label(axis, method, thousands, runs.mean(0))
+            style = {"linewidth": 3}
+        axis.plot(thousands, runs.mean(0), color=plot.COLOURS[method], label=LABELS[method], **style)
     seeds = len(result["curves"]["none"]["seeds"])
     axis.set(xlim=(0, None), ylim=(20, 90))
     axis.set_xlabel(f"rollouts (answers generated), thousands\n{took(result, len(result['curves']) * seeds)}")
     axis.set_ylabel("held-out accuracy, %")
     axis.set_title(f"The same rollouts, the same objective, {seeds} matched seeds (thick: mean)", fontsize=14)
+    lines, labels = axis.get_legend_handles_labels()
+    axis.legend(lines[::-1], labels[::-1], loc="lower right", frameon=False)  # as the lines stand, the upper one first
     axis.grid(color="#eeeeee")
     axis.set_axisbelow(True)
     axis.spines[["top", "right"]].set_visible(False)
@@ -93,19 +93,10 @@ def demo(result: dict, path: Path) -> Path:
 
 
 def took(result: dict, runs: int) -> str:
-    """How many runs these were, and the hours that their steps took, on one thread each."""
+    """How many runs these were, and their CPU hours, where somebody has put their `seconds` of a processor into the file."""
     if "seconds" not in result:
         return f"{runs} runs; their CPU hours were not noted"
-    return f"{runs} runs, {result['seconds'] / 3600:.2g} CPU hours in steps"
-
-
-def place_label(axis, method: str, x: np.ndarray, y: np.ndarray) -> None:
-    """The name of a method beside its line: plain GRPO's below, POPO's above."""
-    at = len(x) // 2
-    if method == "none":
-        axis.text(x[at] + 1.2, y[at] - 8, LABELS[method], color=plot.COLOURS[method], ha="left", va="top")
-    else:
-        axis.text(x[at] - 1.5, y[at] + 5, LABELS[method], color=plot.COLOURS[method], ha="right", va="bottom")
+    return f"{runs} runs, {result['seconds'] / 3600:.2g} CPU hours"
 
 
 def rounded(value):

@@ -93,7 +93,7 @@ def demo(result: dict, path: Path) -> Path:
 
 
 def took(result: dict, runs: int) -> str:
-    """How many runs these were, and their CPU hours, where somebody has put their `seconds` of a processor into the file."""
+    """How many runs these were, and their CPU hours, if the file has their `seconds` of a processor."""
     if "seconds" not in result:
         return f"{runs} runs; their CPU hours were not noted"
     return f"{runs} runs, {result['seconds'] / 3600:.2g} CPU hours"

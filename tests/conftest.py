@@ -7,9 +7,15 @@ The class joins the project's own wherever a test has the argument `make_sampler
 Its tests have its name in brackets; `-k Pace` runs these alone. It is made as train.py makes it, with defaults only.
 """
 
+import signal
+
 import pytest
 
 from support.config import load_class
+
+# The background jobs of a shell, and of nohup, ignore these, and what tests start would ignore them too.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 def pytest_addoption(parser):

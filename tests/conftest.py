@@ -45,3 +45,27 @@ def rules(config, stores: bool) -> dict[str, type]:
         if stores == (decides != "prompts"):
             found[kind.__name__] = kind
     return found
+
+
+def pytest_terminal_summary(terminalreporter):
+    """The table of tests/faults: what was tried, and what was held."""
+    tried: dict[str, list[bool]] = {}
+    seeds = set()
+    for reports in terminalreporter.stats.values():
+        for report in reports:
+            if getattr(report, "when", "") != "teardown":  # the last report has all that was noted
+                continue
+            for name, value in report.user_properties:
+                if name == "fault":
+                    tried.setdefault(value[0], []).append(value[1])
+                if name == "fault-seed":
+                    seeds.add(value)
+    if not tried:
+        return
+    terminalreporter.section("faults")
+    terminalreporter.line(f"--fault-seed {' '.join(map(str, seeds))}")
+    terminalreporter.line(f"{'':50} tried  held")
+    for kind, held in sorted(tried.items()):
+        terminalreporter.line(f"{kind:50} {len(held):5} {sum(held):5}")
+    every = [one for held in tried.values() for one in held]
+    terminalreporter.line(f"{'all':50} {len(every):5} {sum(every):5}")

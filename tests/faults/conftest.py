@@ -3,7 +3,8 @@
     python -m pytest tests/faults -m "slow or not slow"            a few minutes
     python -m pytest tests/faults -m "slow or not slow" --many     an hour: more kills and more hostile values
 
-Where faults fall is random. The seed stands above the table; `--fault-seed N` gives the same again.
+Where faults fall is random. The seed stands above the table; `--fault-seed N` gives the same again. The table is printed
+by tests/conftest.py, since pytest-xdist reads no other conftest of a run without paths.
 """
 
 import random
@@ -56,26 +57,3 @@ def count(record_property, seed):
 
     yield note
     assert not failures, "\n\n".join(failures)
-
-
-def pytest_terminal_summary(terminalreporter):
-    tried: dict[str, list[bool]] = {}
-    seeds = set()
-    for reports in terminalreporter.stats.values():
-        for report in reports:
-            if getattr(report, "when", "") != "teardown":  # the last report has all that was noted
-                continue
-            for name, value in report.user_properties:
-                if name == "fault":
-                    tried.setdefault(value[0], []).append(value[1])
-                if name == "fault-seed":
-                    seeds.add(value)
-    if not tried:
-        return
-    terminalreporter.section("faults")
-    terminalreporter.line(f"--fault-seed {' '.join(map(str, seeds))}")
-    terminalreporter.line(f"{'':50} tried  held")
-    for kind, held in sorted(tried.items()):
-        terminalreporter.line(f"{kind:50} {len(held):5} {sum(held):5}")
-    every = [one for held in tried.values() for one in held]
-    terminalreporter.line(f"{'all':50} {len(every):5} {sum(every):5}")

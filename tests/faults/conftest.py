@@ -3,8 +3,8 @@
     python -m pytest tests/faults -m "slow or not slow"            a few minutes
     python -m pytest tests/faults -m "slow or not slow" --many     an hour: more kills and more hostile values
 
-Where faults fall is random. The seed stands above the table; `--fault-seed N` gives the same again. The table is printed
-by tests/conftest.py, since pytest-xdist reads no other conftest of a run without paths.
+Where faults fall is random. The seed stands above the table; `--fault-seed N` gives the same again. The table is
+printed by tests/conftest.py, since pytest-xdist reads no other conftest of a run without paths.
 """
 
 import random

@@ -20,7 +20,7 @@ signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 def pytest_addoption(parser):
     parser.addoption("--rule", action="append", default=[], metavar="FILE.py:CLASS", help="run its contract tests too")
-    parser.addoption("--many", action="store_true", help="tests/faults: an hour of them")
+    parser.addoption("--many", action="store_true", help="tests/faults: fifteen times as many")
     parser.addoption("--fault-seed", type=int, metavar="N", help="tests/faults: the same faults as in another run")
 
 

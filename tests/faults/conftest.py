@@ -1,7 +1,7 @@
 """The campaign: faults are counted, and a table at the end says how many were tried and how many the project held.
 
     python -m pytest tests/faults -m "slow or not slow"            a few minutes
-    python -m pytest tests/faults -m "slow or not slow" --many     an hour: more kills and more hostile values
+    python -m pytest tests/faults -m "slow or not slow" --many     ten minutes: fifteen times as many
 
 Where faults fall is random. The seed stands above the table; `--fault-seed N` gives the same again. The table is
 printed by tests/conftest.py, since pytest-xdist reads no other conftest of a run without paths.

@@ -15,6 +15,7 @@ import numpy as np
 
 from support import plot
 from support.config import ROOT
+from support.rows import read_settings
 
 RESULTS = ROOT / "lab" / "results" / "demo.json"
 FIGURE = ROOT / "docs" / "figures" / "demo.png"
@@ -37,7 +38,7 @@ def collect(folders: list[str]) -> dict:
     curves = {method: {"rollouts": [], "seeds": {}} for method in COMMANDS}
     settings = []
     for folder in map(Path, folders):
-        config = json.loads((folder / "config.json").read_text())
+        config = read_settings(folder)
         method = config["replay"].replace("popo", "group")
         if config["epochs"] == 2:
             method = {"none": "twice"}.get(method, method)

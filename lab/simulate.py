@@ -260,6 +260,14 @@ class Policy:
 # ---------------------------------------------------------------- runs
 
 
+def full_batch(sampler, n: int, step: int) -> list[int]:
+    """The n prompts that a sampler draws. ValueError, in one line, if it draws fewer."""
+    drawn = sampler.draw(n, step)
+    if len(drawn) < n:
+        raise ValueError(f"{type(sampler).__name__} drew {len(drawn)} prompts; the simulator needs a full batch")
+    return drawn
+
+
 def run(setting: Setting, rule, seeds: list[int], salt: int = 0, until: float = 1.0) -> dict[str, np.ndarray]:
     """One rule, all seeds side by side; `rule(num_prompts, seed)` makes a sampler.
 
@@ -285,12 +293,7 @@ def run(setting: Setting, rule, seeds: list[int], salt: int = 0, until: float = 
         back = np.zeros(chosen.shape, bool)
         for i, sampler in enumerate(samplers):
             sampler.progress = (step - 1) / setting.steps
-            drawn = sampler.draw(setting.prompts_per_step, step)
-            if len(drawn) < setting.prompts_per_step:
-                raise ValueError(
-                    f"{type(sampler).__name__} drew {len(drawn)} prompts; the simulator needs a full batch"
-                )
-            chosen[i] = drawn
+            chosen[i] = full_batch(sampler, setting.prompts_per_step, step)
             back[i] = np.isin(chosen[i], list(sampler.replays))
 
         # answers, update, and what the samplers are told

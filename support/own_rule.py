@@ -9,12 +9,12 @@ import contextlib
 import io
 import math
 import pickle
-import traceback
 from collections.abc import Iterator
 
 import torch
 
 from support import limits
+from support.config import line_in
 from support.epochs import Epochs
 
 OF_THE_LOOP = ("step", "rollouts", "tokens", "lr", "reward", "eval_accuracy", "seconds_total")  # figures of its own
@@ -35,8 +35,8 @@ def guarded(kind: type) -> type:
 def broken(rule, method: str, error: BaseException) -> RuleBroken:
     """What to raise for an `error` in a method of the rule: it names the user's line, if one was met."""
     path = type(rule).__module__.removeprefix("file ")
-    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]
-    where = f"{path}, line {lines[-1]}" if lines else path
+    line = line_in(path, error)
+    where = f"{path}, line {line}" if line else path
     what = " ".join(f"{type(error).__name__}: {error}".split())
     return RuleBroken(f"{type(rule).__name__}.{method} failed at {where} ({what})")
 
@@ -123,7 +123,7 @@ class CheckedSampler(Checked):
         """Different prompts, at most n, none of which was drawn before in this step. What the rule has not put into the
         batch itself, by `take`, is put there now."""
         self.begin(n, step)
-        before = set() if step != self.latest else set(self.given)
+        before = set(self.batch)  # of a refill: what was drawn earlier in this step
         with blamed(self, "draw"):
             numbers = self.numbers(super().draw(n, step), n)
             twice = {x for x in numbers if numbers.count(x) > 1} | (set(numbers) & before)
@@ -133,12 +133,7 @@ class CheckedSampler(Checked):
                 raise ValueError(f"no prompt was drawn in step {step}; at least one is needed")
             self.take([x for x in numbers if x not in self.batch])
             self.replays = {int(x) for x in self.replays} & self.batch
-        self.latest = step
-        self.given = before | set(numbers)
         return numbers
-
-    latest = -1  # step of the latest draw
-    given: set[int] = set()  # what was drawn in it
 
     def numbers(self, drawn, n: int) -> list[int]:
         drawn = plain(drawn)

@@ -1,4 +1,4 @@
-"""A limit of time for code that is not ours."""
+"""What holds for code that is not ours: a limit of time, its error, and what it gives back in plain Python."""
 
 import contextlib
 import signal
@@ -33,3 +33,12 @@ def within(seconds: float):
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
+
+
+def plain(value):
+    """Arrays, tensors and their parts as Python's lists and numbers."""
+    if hasattr(value, "tolist"):
+        return value.tolist()
+    if isinstance(value, list | tuple):
+        return [part.item() if hasattr(part, "item") else part for part in value]
+    return value

@@ -102,7 +102,7 @@ class Checked:
             for name, value in found.items():
                 if name in OF_THE_LOOP:
                     raise ValueError(f"{name!r} is a figure of the loop; give it another name")
-                value = plain(value)
+                value = limits.plain(value)
                 parts = value if isinstance(value, list) else [value]
                 if not all(isinstance(part, int | float) for part in parts):
                     raise TypeError(f"{name!r} is {kind_of(value)}, neither a number nor a list of numbers")
@@ -136,7 +136,7 @@ class CheckedSampler(Checked):
         return numbers
 
     def numbers(self, drawn, n: int) -> list[int]:
-        drawn = plain(drawn)
+        drawn = limits.plain(drawn)
         if not isinstance(drawn, list):
             raise TypeError(f"it returned {kind_of(drawn)}, not a list of prompts")
         if len(drawn) > n:
@@ -175,15 +175,6 @@ class CheckedStore(Checked):
     def learn(self, trained: dict) -> None:
         with blamed(self, "learn"):
             super().learn(trained)
-
-
-def plain(value):
-    """Arrays, tensors and their parts as Python's lists and numbers."""
-    if hasattr(value, "tolist"):
-        return value.tolist()
-    if isinstance(value, list | tuple):
-        return [part.item() if hasattr(part, "item") else part for part in value]
-    return value
 
 
 def kind_of(value) -> str:

@@ -112,9 +112,8 @@ class Scorer:
 
 def check_rewards(name: str, rewards, count: int) -> list[float]:
     """The rewards as floats. RewardBroken unless they are `count` finite numbers."""
-    if hasattr(rewards, "tolist"):  # numpy's and torch's
-        rewards = rewards.tolist()
-    if not isinstance(rewards, list | tuple):
+    rewards = limits.plain(rewards)
+    if not isinstance(rewards, list):
         raise RewardBroken(
             f"{name}: return a list of {count} rewards, one for each response, not {type(rewards).__name__}"
         )
@@ -122,8 +121,6 @@ def check_rewards(name: str, rewards, count: int) -> list[float]:
         raise RewardBroken(f"{name}: return a list of {count} rewards, one for each response, not of {len(rewards)}")
     checked = []
     for reward in rewards:
-        if hasattr(reward, "item"):
-            reward = reward.item()
         if not isinstance(reward, int | float) or not math.isfinite(reward):
             raise RewardBroken(f"{name}: return finite numbers, not {reward!r}")
         checked.append(float(reward))

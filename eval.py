@@ -185,7 +185,7 @@ def spelling(response: str, kind: str) -> str:
     """The answer in the response, for the vote: without white space, and "" if there is none."""
     if kind == "equation":
         text = response.rpartition("=")[2]
-    elif kind in reward.GYM:
+    elif kind == "gym":
         text = gym.answer_in(response) or ""
     elif own.is_own(kind):
         text = reward.boxed(response) or response.strip().rpartition("\n")[2]  # the last line, where nothing is boxed

@@ -20,8 +20,8 @@ from collections import Counter
 from collections.abc import Callable
 from fractions import Fraction
 
-from support.config import meant, scorer_of
-from tasks import data, gym, own
+from support.config import EACH, meant, scorer_of
+from tasks import data, gym, own, stages
 from tasks.answers import LONGEST, matching_braces
 from tasks.grader import Grader, VerifierBroken  # noqa: F401 (the errors are for those who call these functions)
 from tasks.own import RewardBroken  # noqa: F401
@@ -30,7 +30,6 @@ Reward = Callable[[list[str], list], list[float]]  # responses and golds -> a nu
 
 GRADER = Grader()
 counts = GRADER.counts  # what became of the responses since the last call
-start = GRADER.start  # for the trainer, before CUDA is there; `grade` starts the children if need be
 BOX = re.compile(r"\\boxed\s*\{")
 PLAIN_NUMBER = re.compile(r"[-+]?(?:\d+(?:/0*[1-9]\d*)?|\d+\.\d*|\.\d+)")
 
@@ -90,6 +89,13 @@ def grade(responses: list[str], golds: list) -> list[float]:
     return [float(verdicts[pair] == "right") for pair in pairs]
 
 
+def start(*rewards: Reward) -> None:
+    """Starts the children of `grade` if it is one of `rewards`: for the trainer, before CUDA is there. Without this
+    the first answer starts them."""
+    if grade in rewards:
+        GRADER.start()
+
+
 def of_groups(groups: list, prompts: list, tokenizer, function: Callable) -> list[list[float]]:
     """The rewards by `function` of all answers of each of `groups`; prompts: one for each group."""
     texts = []
@@ -142,8 +148,9 @@ def grade_always(responses: list[str], golds: list) -> list[float]:
 
 
 CONTROLS = {"random": grade_random, "always": grade_always, "format": grade_format}  # they do not look at the gold
-GYM = gym.rewards(Grader(script=gym.CHILD), GRADER.count)  # of tasks of reasoning-gym
-REWARDS = {"math": grade, "equation": grade_equation} | GYM | CONTROLS
+GYM = Grader(script=gym.CHILD)  # its children have reasoning-gym's scorers
+PARTIAL = {partial: gym.Scorer(GYM, GRADER.count, partial) for partial in (False, True)}
+REWARDS = {"math": grade, "equation": grade_equation, "gym": PARTIAL[False]} | CONTROLS
 
 
 # ---- by name
@@ -162,7 +169,15 @@ def load(name: str) -> Reward:
 
 def choose(cfg) -> tuple[Reward, Reward]:
     """What a run is trained on, and what scores its held-out answers."""
-    return load(cfg.reward), load(judge_of(cfg))
+    return of_run(cfg, cfg.reward, cfg.partial_credit), of_run(cfg, judge_of(cfg))
+
+
+def of_run(cfg, name: str, partial: bool = False) -> Reward:
+    """`load`, where the reward may be that of each task, or reasoning-gym's with partial credit."""
+    if name == EACH and cfg.then:
+        scores = [of_run(cfg, scorer_of(task), partial) for task in (cfg.task, *cfg.then)]
+        return stages.Scorer(scores)
+    return PARTIAL[partial] if name == "gym" else load(name)
 
 
 def judge_of(cfg) -> str:
@@ -171,7 +186,7 @@ def judge_of(cfg) -> str:
     if cfg.judge:
         return cfg.judge
     if cfg.task:
-        return scorer_of(cfg.task)
+        return scorer_of(cfg.task, cfg.then)
     if not cfg.data:
         return "equation"
     return "math" if data.source_of(cfg.data) or cfg.reward in CONTROLS else cfg.reward

@@ -59,6 +59,7 @@ class Config:
     model: str = ""  # Hugging Face id or folder; without it the embedded model is made and trained
     data: str = ""  # polaris (default), dolci, dapo, gsm8k, math; OWNER/NAME of the hub; or a file
     task: str = ""  # instead of data: path/to/task.py with rows() and score(responses, golds); or gym:NAME
+    then: tuple[str, ...] = ()  # further tasks, trained one after another behind --task by --replay continual
     data_options: str = ""  # for the hub, as JSON: '{"name": "main", "split": "test", "revision": "HASH"}'
     problem_column: str | None = None  # column of the problem; found if it has a usual name
     answer_column: str | None = None  # column of the gold answer; found if it has a usual name
@@ -67,7 +68,8 @@ class Config:
     keep_overlap: bool = False  # do not look for benchmark problems in data of the hub
     thinking: Literal["auto", "on", "off"] = "auto"  # enable_thinking of the template
     max_prompts: int = 0  # train on the first so many prompts only; 0: all
-    reward: str = "math"  # math, equation, gym, gym-partial, random, always, format; or path/to/file.py:function
+    reward: str = "math"  # math, equation, gym, random, always, format; or path/to/file.py:function
+    partial_credit: bool = False  # gym: the reward is the score, else 1 from 0.99 on and 0 below
     judge: str = ""  # of held-out answers, named as a reward; default: the task's own verifier
     instruction: str = "auto"  # behind each problem; auto: to reason and to box the answer; none; a text
     # ---- run
@@ -183,8 +185,7 @@ class Run:
         self.tokens = 0  # tokens of these answers
         self.mirror = log.Mirror(cfg.wandb, cfg.tensorboard)
         self.reward, self.judge = reward.choose(cfg)  # what is trained on, and what scores held-out answers
-        if reward.grade in (self.reward, self.judge):
-            reward.start()  # its child processes, before CUDA
+        reward.start(self.reward, self.judge)  # the grader's child processes, before CUDA
         if cfg.threads:
             torch.set_num_threads(cfg.threads)
         ranks.start()
@@ -203,7 +204,7 @@ class Run:
         model = self.policy.model
         if use_varlen_attention(model, cfg.dtype):
             check_policy(self.policy)  # once more: it packs in another way
-        self.prompts, self.held_out = prompts.load_prompts(cfg, self.tokenizer, model)
+        self.prompts, self.held_out = prompts.load_prompts(cfg, self.tokenizer, (self.reward, self.judge), model)
         self.digest = prompts.digest(self.prompts)  # a run is resumed on the data it was started on
         self.gauge = log.Gauge(len(self.prompts))
 
@@ -230,13 +231,13 @@ class Run:
 
 def dry_run(cfg: Config, given: list[str]) -> str:
     """What a run would do and need; loads no weights, and refuses what a run would refuse."""
-    reward.choose(cfg)
+    rewards = reward.choose(cfg)
     checkpoint.choose_folder(cfg, config.OUT)
     if cfg.model:
         kind, tokenizer = plan.read(cfg.model)
     else:
         kind, tokenizer = tiny.shape(tiny.kind_of(cfg.task, cfg.sharing))
-    asked, _ = prompts.load_prompts(cfg, tokenizer)
+    asked, _ = prompts.load_prompts(cfg, tokenizer, rewards)
     make_rules(cfg, len(asked))
     return plan.report(cfg, config.origins(cfg, given, tiny.SETTINGS, METHODS), kind, tokenizer, asked)
 
@@ -267,14 +268,13 @@ def score(run: Run, groups: list[Group]) -> list[Group]:
     return groups
 
 
-def evaluate(run: Run) -> float:
-    """Held-out accuracy, the share of answers that are right; each rank answers its share."""
+def evaluate(run: Run, when: str = "") -> dict[str, float]:
+    """Share of held-out answers that are right, by stages too. Each rank answers its share. when: ends the names."""
     mine = ranks.share(run.held_out)
     groups = run.engine.generate(mine, run.cfg.eval_samples, run.cfg.seed, step=-1)
-    values = sum(reward.of_groups(groups, mine, run.tokenizer, run.judge), [])
+    values = reward.of_groups(groups, mine, run.tokenizer, run.judge)
     reward.counts()  # the grading of these answers is not the next step's
-    right, count = ranks.total([sum(value >= 1 for value in values), len(values)])
-    return right / max(count, 1)
+    return log.accuracies(run.held_out, mine, values, when)
 
 
 def record(run: Run, step: int, groups: list[Group], batch: list[Group], trained: dict) -> dict:
@@ -313,7 +313,7 @@ def train(run: Run) -> int:
     """The loop. Returns the signal that ended it early, or 0."""
     cfg = run.cfg
     places = cfg.prompts_per_step
-    first = {"eval_accuracy_start": evaluate(run)} if run.held_out and run.step == 0 else {}
+    first = evaluate(run, "_start") if run.held_out and run.step == 0 else {}
     stop = ranks.Stop()  # before the first step there is nothing to save, and a signal ends the run at once
     bar = log.steps_left(run)
     for step in bar:
@@ -360,7 +360,7 @@ def train(run: Run) -> int:
         first = {}
         last = step >= cfg.steps or 0 < cfg.max_rollouts <= run.rollouts
         if run.held_out and (last or step % cfg.eval_every == 0):
-            row["eval_accuracy"] = evaluate(run)
+            row |= evaluate(run)
         log.write(run, row, bar, groups)
         ended_by = stop.agreed() if ranks.WORLD > 1 else stop.signal
         if ended_by or last or step % cfg.save_every == 0:

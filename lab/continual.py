@@ -131,15 +131,15 @@ def accuracies(kind: str, arm: str, seed: int, steps: int) -> list[list[float]]:
         held_out = run.held_out
         evaluate = train.evaluate
 
-        def by_stage(run) -> float:
+        def by_stage(run, when: str = "") -> dict[str, float]:
             """In place of train.evaluate: each stage by itself."""
             found = []
             for stage in (0, 1):
                 run.held_out = [prompt for prompt in held_out if stage_of(prompt) == stage]
-                found.append(evaluate(run))
+                found += evaluate(run).values()
             run.held_out = held_out
             measured.append(found)
-            return fmean(found)
+            return {f"eval_accuracy{when}": fmean(found)}
 
         with mock.patch.object(train, "evaluate", by_stage), contextlib.redirect_stdout(io.StringIO()):
             train.train(run)

@@ -23,7 +23,7 @@ import tyro
 ROOT = Path(__file__).parent.parent  # of the project
 OUT = ROOT / "out"  # where runs, and the embedded model, are kept
 GYM = "gym:"  # begins the name of a task of reasoning-gym
-GYM_REWARDS = ("gym", "gym-partial")  # of such a task: right or wrong, and its score as it is
+EACH = "tasks"  # the reward of --then: each row is scored by its own task
 
 # Least and largest value of each number of train.py and eval.py. What is beyond the largest is a slip of the hand: it
 # would start, and never end.
@@ -175,31 +175,34 @@ def value_of(argv: list[str], name: str, default: str = "") -> str:
 
 def preset(kind: type, argv: list[str], embedded: dict, methods: dict):
     """The defaults of train.py that hold for this command line."""
-    named = [value_of(argv, "model"), value_of(argv, "task"), value_of(argv, "replay", "none")]
+    named = [value_of(argv, name) for name in ("model", "task", "then")]
+    named.append(value_of(argv, "replay", "none"))
     settings = {}
     for layer in layers(*named, embedded, methods).values():
         settings |= layer
     return kind(**settings)
 
 
-def layers(model: str, task: str, replay: str, embedded: dict, methods: dict) -> dict[str, dict]:
+def layers(model: str, task: str, then, replay: str, embedded: dict, methods: dict) -> dict[str, dict]:
     """What replaces the defaults of train.py, by what sets it; the later wins: `embedded` where no model is named, a
     task's own score, and what the methods named by --replay set."""
     found = {"--model": {"data": "polaris"}} if model else {"embedded model": embedded}
     if task:
-        found["--task"] = {"data": "", "reward": scorer_of(task)}
+        found["--task"] = {"data": "", "reward": scorer_of(task, then)}
     return found | {f"--replay {replay}": set_by(replay, methods)}
 
 
-def scorer_of(task: str) -> str:
-    """The name of a task's own score, as --reward takes it."""
+def scorer_of(task: str, then=()) -> str:
+    """The name of a task's own score, as --reward takes it. then: the tasks behind it."""
+    if then:
+        return EACH
     return "gym" if task.startswith(GYM) else f"{task}:score"
 
 
 def origins(cfg, given: list[str], embedded: dict, methods: dict) -> dict[str, str]:
     """What has set each setting of `cfg` that is no default of train.py; those of `given` are given by hand."""
     found = {}
-    for origin, settings in layers(cfg.model, cfg.task, cfg.replay, embedded, methods).items():
+    for origin, settings in layers(cfg.model, cfg.task, cfg.then, cfg.replay, embedded, methods).items():
         found |= dict.fromkeys(settings, origin)
     return found | dict.fromkeys(given, "given")
 
@@ -321,17 +324,35 @@ def check_training(config) -> None:
         raise ValueError(f"--betas must be at least 0 and below 1, got {config.betas[0]} and {config.betas[1]}")
     if not 0 <= config.difficulty[0] <= config.difficulty[1] <= 1:
         raise ValueError(f"--difficulty needs two pass rates in [0, 1], the lower first, got {config.difficulty}")
-    if config.task and config.data:
-        raise ValueError("--task has rows of its own; leave out --data or --task")
-    if config.task and not config.task.endswith(".py") and not config.task.startswith(GYM):
-        what = f"path/to/task.py, a file with rows() and score(responses, golds), or {GYM}NAME"
-        raise ValueError(f"--task {config.task}: give {what}")
-    if config.reward in GYM_REWARDS and not config.task.startswith(GYM):
-        raise ValueError(f"--reward {config.reward} scores tasks of reasoning-gym; give --task {GYM}NAME")
+    check_tasks(config)
     if config.model and config.sharing != "digits":
         raise ValueError("--sharing is a knob of the embedded task; leave out --model or --sharing")
     if config.gpus and not config.dry_run:
         raise ValueError("--gpus is for --dry-run: a run takes the GPUs that it finds")
+
+
+def check_tasks(config) -> None:
+    """ValueError, in one line, for --task and --then that are no tasks, or with which other flags cannot be meant."""
+    if config.task and config.data:
+        raise ValueError("--task has rows of its own; leave out --data or --task")
+    if config.then and not config.task:
+        raise ValueError("--then says what comes after --task; give --task too")
+    for name, task in (("task", config.task), *(("then", task) for task in config.then)):
+        if task and not task.endswith(".py") and not task.startswith(GYM):
+            what = f"path/to/task.py, a file with rows() and score(responses, golds), or {GYM}NAME"
+            raise ValueError(f"{flag(name)} {task}: give {what}")
+
+    # A rule of the user's own may know stages; of ours one does.
+    if config.then and "continual" not in config.replay.split("+") and ".py:" not in config.replay:
+        raise ValueError(
+            f"--replay {config.replay} does not train tasks one after another, as --then asks; give --replay "
+            "continual, with --share 0 to bring nothing back"
+        )
+    in_gym = [task.startswith(GYM) for task in (config.task, *config.then)]
+    if config.reward == "gym" and not all(in_gym):
+        raise ValueError(f"--reward gym scores tasks of reasoning-gym; give --task {GYM}NAME")
+    if config.partial_credit and (not any(in_gym) or config.reward not in ("gym", EACH)):
+        raise ValueError(f"--partial-credit is of the scores of reasoning-gym; give --task {GYM}NAME and no --reward")
 
 
 def load_class(name: str) -> type:

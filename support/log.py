@@ -7,6 +7,7 @@ A group here is any record with prompt, tokens, logprobs, truncated, rewards and
 import json
 import math
 import os
+import re
 import resource
 import subprocess
 import sys
@@ -122,6 +123,29 @@ def rollout_figures(groups: list, replays: set[int]) -> dict:
         figures["zero_variance_replayed"] = dead[back].mean().item()
         figures["reward_replayed"] = rewards[back].mean().item()
     return figures
+
+
+def accuracies(held_out: list, mine: list, values: list[list[float]], when: str = "") -> dict[str, float]:
+    """Shares of right answers over all ranks: to all held-out prompts, and to those of each stage where their rows
+    have several. values: the rewards of the answers to each of `mine`, this rank's prompts. when: the end of the
+    names."""
+    parts = {"eval_accuracy": None}
+    stages = {stage_of(prompt) for prompt in held_out}
+    if len(stages) > 1 and None not in stages:
+        parts |= {f"eval_accuracy_stage_{stage}": stage for stage in sorted(stages)}
+
+    counts = []
+    for stage in parts.values():
+        found = [part for part, prompt in zip(values, mine, strict=True) if stage in (None, stage_of(prompt))]
+        counts += [sum(value >= 1 for part in found for value in part), sum(map(len, found))]
+    totals = iter(ranks.total(counts))
+    return {name + when: right / max(count, 1) for name, right, count in zip(parts, totals, totals, strict=True)}
+
+
+def stage_of(prompt) -> int | None:
+    """The number in a prompt's column `stage`; None where it has none."""
+    stage = (prompt.row or {}).get("stage")
+    return stage if type(stage) is int else None
 
 
 def reuse(kind: str, drawn: list, step: int) -> dict:
@@ -393,6 +417,9 @@ def line(row: dict, evaluated: str = "held-out") -> str:
     ]
     if "eval_accuracy" in row:
         parts.append(f"{evaluated} {row['eval_accuracy']:.3f}")
+        stages = [f"{row[name]:.3f}" for name in row if re.fullmatch(r"eval_accuracy_stage_\d+", name)]
+        if stages:
+            parts[-1] += f" (stages {' '.join(stages)})"
     if row["truncated"] > 0.3:
         parts.append("many answers are cut off: raise --max-tokens, or --mask-truncated")
     if row.get("heap") == 0:

@@ -6,6 +6,7 @@ python -m support.plot out/RUN out/BASE     the same, with the curves of out/BAS
 
 import io
 import os
+import re
 import sys
 from numbers import Real
 from pathlib import Path
@@ -164,10 +165,14 @@ class Curves:
     def smooth(self, key: str) -> tuple[list[int], list[float]]:
         return series(self.rows, key, max(len(self.rows) // 20, 1))
 
-    def accuracy(self) -> tuple[list[int], list[float]]:
-        steps, values = series(self.rows, "eval_accuracy")
-        start = self.rows[0].get("eval_accuracy_start")
+    def accuracy(self, of: str = "eval_accuracy") -> tuple[list[int], list[float]]:
+        steps, values = series(self.rows, of)
+        start = self.rows[0].get(f"{of}_start")
         return ([0, *steps], [start, *values]) if start is not None else (steps, values)
+
+    def stages(self) -> list[str]:
+        """Keys of the accuracy in each stage, where there are several."""
+        return [key for key in self.rows[-1] if re.fullmatch(r"eval_accuracy_stage_\d+", key)]
 
     def pass_rates(self, *keys: str) -> np.ndarray:
         """Share of groups with 0 .. G right answers over the whole run [G + 1]; empty where there were none."""
@@ -198,6 +203,11 @@ def draw_accuracy(axis, runs: list[Curves]) -> None:
         if steps:
             label = f"{run.label}: {values[0]:.2f} to {values[-1]:.2f}"
             axis.plot(steps, values, color=run.colour, linewidth=2.2, marker="o", markersize=4, label=label)
+    # of tasks one after another, each by itself; so many lines are for one run alone
+    stages = runs[0].stages() if len(runs) == 1 else []
+    for stage, name in enumerate(stages):
+        style = STYLES[1 + stage % (len(STYLES) - 1)]
+        axis.plot(*runs[0].accuracy(name), color="0.3", linestyle=style, linewidth=1.6, label=f"stage {stage}")
     axis.set(title=f"{runs[0].measure} (pale: reward)", ylim=(0, 1))
     axis.set_ylabel("share of right answers")
 

@@ -10,8 +10,8 @@ of isomorphic_strings, polynomial_multiplication and ransom_note change with PYT
 
 An answer is what stands between the last <answer> and </answer> of a response, behind any </think>. A scorer gives it a
 number from 0 to 1, and few give 0 to a wrong one: Countdown gives 0.01 or 0.05. So the reward `gym` is 1 from RIGHT on,
-and 0 below; else hardly a group would be dead, and 0.04 more than the others would be a full advantage. `gym-partial`
-is the number as it is.
+and 0 below; else hardly a group would be dead, and 0.04 more than the others would be a full advantage. With
+--partial-credit it is the number as it is.
 """
 
 import base64
@@ -29,7 +29,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from support.config import GYM, GYM_REWARDS
+from support.config import GYM
 from tasks import own
 
 PACKAGE = "reasoning-gym==0.1.25"
@@ -198,18 +198,19 @@ def packed(settings: dict, entry: dict) -> str:
 
 
 class Scorer(own.Scorer):
-    """The reward `gym`, or `gym-partial`. grader: has children that run CHILD. count: a function that takes the list of
-    what became of the responses."""
+    """The reward `gym`. grader: has children that run CHILD. count: a function that takes the list of what became of
+    the responses. partial: the score as it is, where else it is 1 from RIGHT on, and 0 below."""
 
-    def __init__(self, name: str, grader, count: Callable):
-        self.name = name
+    def __init__(self, grader, count: Callable, partial: bool):
+        self.name = "gym"
+        self.partial = partial
         self.grader = grader
         self.count = count
 
     def check(self, prompts: list) -> None:
         """ValueError unless all `prompts` come from reasoning-gym."""
         if not all(isinstance(prompt.gold, dict) and "metadata" in prompt.gold for prompt in prompts):
-            raise ValueError(f"--reward {self.name} scores tasks of reasoning-gym; give --task {GYM}NAME")
+            raise ValueError(f"--reward gym scores tasks of reasoning-gym; give --task {GYM}NAME")
 
     def of_prompts(self, responses: list[str], prompts: list, lengths: list[int], truncated: list[bool]) -> list[float]:
         """The score of each response to the prompt (with gold and row) at its place. VerifierBroken as for maths."""
@@ -226,14 +227,9 @@ class Scorer(own.Scorer):
             scored = verdicts[pair][0].isdigit()
             score = float(verdicts[pair]) if scored else 0.0
             kinds.append(("right" if score >= RIGHT else "wrong") if scored else verdicts[pair])
-            rewards.append(score if self.name == "gym-partial" else float(score >= RIGHT))
+            rewards.append(score if self.partial else float(score >= RIGHT))
         self.count(kinds)
         return rewards
-
-
-def rewards(grader, count: Callable) -> dict[str, Scorer]:
-    """By their names."""
-    return {name: Scorer(name, grader, count) for name in GYM_REWARDS}
 
 
 def quick(answer: str | None) -> str | None:

@@ -1,20 +1,17 @@
 """The prompts of a run: from the embedded task, or from data; cleaned, split, and as token ids."""
 
 from support import ranks
-from tasks import benchmarks, data, gym, own, tiny
+from tasks import benchmarks, data, own, stages, tiny
 
 
-def load_prompts(cfg, tokenizer, model=None) -> tuple[list[data.Prompt], list[data.Prompt]]:
-    """Training and held-out prompts, all of whose tokens the `model` knows; the first rank prints what was left out.
-    ValueError or OSError in one line."""
+def load_prompts(cfg, tokenizer, rewards=(), model=None) -> tuple[list[data.Prompt], list[data.Prompt]]:
+    """Training and held-out prompts, which have what the functions in `rewards` ask for, and all of whose tokens the
+    `model` knows; the first rank prints what was left out. ValueError or OSError in one line."""
     notes = []
     instruction = cfg.instruction
-    scorers = [own.Scorer(name) for name in {cfg.reward: 0, cfg.judge: 0} if own.is_own(name)]
+    scorers = [reward for reward in rewards if isinstance(reward, own.Scorer)]
     if cfg.task:
-        source = gym if gym.is_task(cfg.task) else own
-        pairs, held_out, note = source.problems(cfg.task)
-        held_out = held_out[: cfg.eval_prompts]
-        notes.append(note)
+        pairs, held_out, notes = stages.problems((cfg.task, *cfg.then), cfg.max_prompts, cfg.eval_prompts)
         instruction = "none" if instruction == "auto" else instruction  # rows are whole prompts
     elif cfg.data:
         # A built-in judge needs golds that it can read; functions of the user's take any.
@@ -26,7 +23,7 @@ def load_prompts(cfg, tokenizer, model=None) -> tuple[list[data.Prompt], list[da
             notes.append(data.PLAIN_TEXT)
     else:
         pairs, held_out = tiny.problems(cfg.sharing, cfg.eval_prompts, cfg.difficulty, cfg.max_prompts)
-    if cfg.max_prompts:
+    if cfg.max_prompts and not cfg.then:
         pairs = pairs[: cfg.max_prompts]
 
     # From text to token ids, once and for all.

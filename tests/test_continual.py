@@ -11,6 +11,7 @@ import train
 from lab import continual
 from lab.continual import ContinualReplay
 from replay import Uniform
+from tasks import stages
 
 P = 8
 
@@ -171,3 +172,127 @@ def test_a_run_without_whole_stages_ends_in_one_line(tmp_path, capsys, stage, me
         train.main([*flags(tmp_path, TASK.replace("STAGE", stage)), "--out", str(tmp_path / "run")])
     error = capsys.readouterr().err
     assert stop.value.code == 2 and message in error.splitlines()[-1] and error.splitlines()[-1].startswith("error: ")
+
+
+# ---------------------------------------------------------------- --task A --then B
+
+EASY = """
+def rows():
+    return [{"problem": f"000{i % 10}+00{i // 10 + 10}=", "worth": 1.0, "stage": "none of its own"} for i in range(60)]
+
+def score(responses, golds, worth):
+    assert all(gold is None for gold in golds)
+    return worth
+"""
+HARD = """
+def rows():
+    return [{"problem": f"{i:04d}-0001=", "answer": str(i - 1), "left": i} for i in range(1, 61)]
+
+def score(responses, golds, left, prompts):
+    assert all("-" in prompt for prompt in prompts) and [int(gold) + 1 for gold in golds] == left
+    return [0.5 for _ in responses]
+"""
+
+
+def in_order(folder) -> list[str]:
+    (folder / "easy.py").write_text(EASY)
+    (folder / "hard.py").write_text(HARD)
+    return ["--task", str(folder / "easy.py"), "--then", str(folder / "hard.py")]
+
+
+def small(folder, *more: str) -> list[str]:
+    given = [*in_order(folder), "--replay", "continual", "--prompts-per-step", "8", "--answers-per-prompt", "2"]
+    return [*given, "--save-every", "2", "--eval-every", "2", "--out", str(folder / "run"), *more]
+
+
+def rows_of(folder) -> list[dict]:
+    return [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_tasks_one_after_another_have_their_own_scores_and_accuracies(tmp_path, capsys):
+    assert train.main(small(tmp_path, "--steps", "4")) == 0
+    rows = rows_of(tmp_path)
+    assert [row["stage"] for row in rows] == [0, 0, 1, 1] and [row["replayed"] for row in rows] == [0, 0, 0.25, 0.25]
+    assert [row["reward"] for row in rows] == [1.0, 1.0, 0.625, 0.625]  # two of eight prompts are easy ones
+
+    # Only a whole one is right.
+    for row, end in ((rows[0], "_start"), (rows[1], ""), (rows[3], "")):
+        assert row[f"eval_accuracy{end}"] == 0.5
+        assert (row[f"eval_accuracy_stage_0{end}"], row[f"eval_accuracy_stage_1{end}"]) == (1.0, 0.0)
+    settings = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert settings["reward"] == settings["judge"] == "tasks"
+    printed = capsys.readouterr().out
+    assert "stage 0: " in printed and "stage 1: " in printed and "held-out 0.500 (stages 1.000 0.000)" in printed
+
+
+def test_they_are_resumed_and_another_order_is_another_run(tmp_path, capsys):
+    assert train.main(small(tmp_path, "--steps", "4", "--max-rollouts", "32")) == 0
+    assert train.main(small(tmp_path, "--steps", "4", "--resume")) == 0
+    assert [row["step"] for row in rows_of(tmp_path)] == [1, 2, 3, 4]
+    with pytest.raises(SystemExit) as stop:
+        train.main([*small(tmp_path, "--steps", "6", "--resume"), "--then", str(tmp_path / "easy.py")])
+    assert stop.value.code == 2 and "then" in capsys.readouterr().err
+
+
+def test_most_prompts_are_of_each_task_and_none_is_held_out_elsewhere(tmp_path):
+    tasks = in_order(tmp_path)[1::2]
+    training, held_out, notes = stages.problems((tasks[0], tasks[1], tasks[0]), 20, 3)
+    assert [pair[3]["stage"] for pair in held_out] == [0] * 3 + [1] * 3 + [2] * 3 and len(notes) == 3
+    counts = np.bincount([pair[3]["stage"] for pair in training])
+    assert counts.tolist() == [20, 20, 20]
+
+    # What one task has held out, another may have for training.
+    other = tmp_path / "other.py"
+    other.write_text(EASY.replace("range(60)", "range(59)"))
+    training, _, _ = stages.problems((tasks[0], str(other)), 0, 3)
+    never = [pair[0] for name in (tasks[0], str(other)) for pair in stages.problems_of(name)[1]]
+    assert not {pair[0] for pair in training} & set(never) and len(training) > 100 - len(never)
+
+
+def test_one_task_keeps_the_stages_of_its_rows(tmp_path):
+    task = in_order(tmp_path)[1]
+    training, held_out, notes = stages.problems((task,), 0, 100)
+    assert (training, held_out, notes) == (*stages.problems_of(task)[:2], [stages.problems_of(task)[2]])
+    assert training[0][3]["stage"] == "none of its own"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (["--replay", "none"], "--replay none does not train tasks one after another, as --then asks"),
+        (["--replay", "prompt+group"], "--replay prompt+group does not train tasks one after another"),
+        (["--then", "elsewhere"], "--then elsewhere: give path/to/task.py"),
+        (["--then", "nowhere.py"], "there is no file "),
+        (["--task", ""], "--then says what comes after --task; give --task too"),
+        (["--data", "gsm8k"], "--task has rows of its own"),
+        (["--reward", "gym"], "--reward gym scores tasks of reasoning-gym"),
+        (["--prompts-per-step", "60"], "stage 0 has 54 prompts, fewer than the 60 of one step"),
+    ],
+)
+def test_tasks_that_cannot_follow_one_another_are_one_line(tmp_path, capsys, change, message):
+    with pytest.raises(SystemExit) as stop:
+        train.main([*small(tmp_path, "--steps", "4"), *change])
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert stop.value.code == 2 and message in error and error.startswith("error: ")
+
+
+def test_a_column_that_one_task_asks_for_must_be_in_its_rows(tmp_path, capsys):
+    flags = small(tmp_path, "--steps", "4")
+    (tmp_path / "hard.py").write_text(HARD.replace('"left": i', '"right": i'))
+    with pytest.raises(SystemExit) as stop:
+        train.main(flags)
+    assert stop.value.code == 2 and "hard.py:score asks for a column 'left'" in capsys.readouterr().err
+
+
+def test_a_rule_of_the_users_own_may_know_stages(tmp_path):
+    (tmp_path / "rule.py").write_text(
+        "from lab.continual import ContinualReplay\n\n\nclass Mine(ContinualReplay): pass\n"
+    )
+    assert train.main(small(tmp_path, "--steps", "2", "--replay", f"{tmp_path / 'rule.py'}:Mine")) == 0
+    assert [row["stage"] for row in rows_of(tmp_path)] == [0, 1]
+
+
+def test_the_reward_of_each_task_needs_several(tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        train.main([*in_order(tmp_path)[:2], "--reward", "tasks", "--out", str(tmp_path / "run")])
+    assert stop.value.code == 2 and "no reward 'tasks'" in capsys.readouterr().err

@@ -1,6 +1,7 @@
 """Tasks of reasoning-gym: names, rows, scores, and the small model that is made for one of them."""
 
 import base64
+import dataclasses
 import importlib.util
 import json
 import pickle
@@ -37,9 +38,9 @@ def prompts_of(task: str) -> list[data.Prompt]:
     return [data.Prompt(i, *row[:2], (1,), *row[2:]) for i, row in enumerate(training)]
 
 
-def scores(name: str, responses: list[str], prompts: list) -> list[float]:
+def scores(partial: bool, responses: list[str], prompts: list) -> list[float]:
     count = len(responses)
-    return reward.load(name).of_prompts(responses, prompts, [1] * count, [False] * count)
+    return reward.PARTIAL[partial].of_prompts(responses, prompts, [1] * count, [False] * count)
 
 
 @pytest.fixture(scope="module")
@@ -154,10 +155,10 @@ def test_right_is_one_and_all_else_nothing_unless_credit_is_partial():
     responses = [right, "<answer>1</answer>", f"{prompt.answer}", "<answer>1+</answer>", f"<think>{right}"]
     responses += [f"<think><answer>1</answer></think>{right}", f"{right}<answer>1</answer>", "<answer> </answer>"]
     reward.counts()
-    assert scores("gym", responses, [prompt] * 8) == [1, 0, 0, 0, 0, 1, 0, 0]
+    assert scores(False, responses, [prompt] * 8) == [1, 0, 0, 0, 0, 1, 0, 0]
     found = reward.counts()
     assert (found["reward_graded"], found["reward_no_box"]) == (5, 3)
-    assert scores("gym-partial", responses, [prompt] * 8) == [1, 0.05, 0, 0.01, 0, 1, 0.05, 0]
+    assert scores(True, responses, [prompt] * 8) == [1, 0.05, 0, 0.01, 0, 1, 0.05, 0]
 
 
 @needs_gym
@@ -166,7 +167,7 @@ def test_an_answer_that_does_not_end_costs_nobody_else_a_score():
     right = f"<answer>{prompt.answer}</answer>"
     endless = "<answer>" + "9**" * 6 + "9</answer>"
     reward.counts()
-    assert scores("gym", [right, endless, right, "<answer>" + "1" * 30_000 + "</answer>"], [prompt] * 4) == [1, 0, 1, 0]
+    assert scores(False, [right, endless, right, "<answer>" + "1" * 30_000 + "</answer>"], [prompt] * 4) == [1, 0, 1, 0]
     found = reward.counts()
     assert found["reward_timeouts"] + found["reward_kills"] == 1 and found["reward_too_long"] == 1
 
@@ -176,17 +177,15 @@ def test_an_entry_reaches_its_scorer_as_it_was_made():
     """JSON would make lists of the tuples of ARC's grids, and every answer wrong."""
     for task in ("rearc", "chain_sum", "time_intervals", "knights_knaves", "word_ladder"):
         prompt = prompts_of(f"gym:{task},size=5")[0]
-        assert scores("gym", [f"<answer>{prompt.answer}</answer>"], [prompt]) == [1.0], task
+        assert scores(False, [f"<answer>{prompt.answer}</answer>"], [prompt]) == [1.0], task
 
 
 @needs_gym
 def test_the_scorer_has_the_settings_of_its_task(monkeypatch):
     prompt = prompts_of(MINI)[0]
     sent = []
-    monkeypatch.setattr(
-        reward.GYM["gym"].grader, "judge", lambda pairs: sent.extend(pairs) or dict.fromkeys(pairs, "0.99")
-    )
-    assert scores("gym", ["<answer>x</answer>"], [prompt]) == [1.0]
+    monkeypatch.setattr(reward.GYM, "judge", lambda pairs: sent.extend(pairs) or dict.fromkeys(pairs, "0.99"))
+    assert scores(False, ["<answer>x</answer>"], [prompt]) == [1.0]
     assert pickle.loads(base64.b64decode(sent[0][0])) == (prompt.row["settings"], prompt.gold)
 
 
@@ -218,7 +217,7 @@ def test_the_pupil_errs_at_its_stated_rates_and_is_told_so_by_the_reward():
         assert pupil.solution(prompt.text)[1] == prompt.gold["metadata"]["target"]
         asked += [prompt] * 20
         responses += [pupil.answer(prompt.text, rng) for _ in range(20)]
-    found = scores("gym", responses, asked)
+    found = scores(False, responses, asked)
     seen = {0.1: [], 0.5: [], 1.0: []}
     for i, prompt in enumerate(prompts):
         seen[round(pupil.pass_rate(prompt.text), 1)].append(fmean(found[20 * i : 20 * i + 20]))
@@ -269,6 +268,31 @@ def test_the_parts_of_a_mixture_are_stages(tmp_path, hardly_taught, monkeypatch)
     flags = ["--task", task, "--replay", "continual", "--steps", "2", "--out", str(tmp_path / "run")]
     assert train.main([*SMALL, *flags]) == 0
     assert [row["stage"] for row in plot.read(tmp_path / "run" / "metrics.jsonl")] == [0, 1]
+
+
+@needs_gym
+def test_partial_credit_is_what_is_trained_on_and_not_what_is_judged():
+    prompt = prompts_of(MINI)[0]
+    for flags, nearly in ((["--partial-credit"], 0.05), ([], 0.0)):
+        argv = ["--task", MINI, "--then", MINI, "--replay", "continual", *flags]
+        cfg, _ = config.settings(argv, train.Config, train.METHODS, tiny.SETTINGS, "")
+        assert cfg.reward == reward.judge_of(cfg) == "tasks"
+        asked = dataclasses.replace(prompt, row=prompt.row | {"stage": 1})
+        trained, judge = (one.of_prompts(["<answer>1</answer>"], [asked], [1], [False]) for one in reward.choose(cfg))
+        assert (trained, judge) == ([nearly], [0.0])
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--partial-credit"],
+        ["--partial-credit", "--task", "gym:mini_countdown", "--reward", "always"],
+        ["--partial-credit", "--task", "lab/recipes/sums.py"],
+        ["--partial-credit", "--model", "m", "--data", "gsm8k"],
+    ],
+)
+def test_partial_credit_needs_scores_of_reasoning_gym(capsys, flags):
+    assert "--partial-credit is of the scores of reasoning-gym" in refused(capsys, *flags)
 
 
 def test_eval_takes_an_answer_between_tags_for_the_vote():

@@ -148,6 +148,7 @@ def test_rewards_of_any_size_train_and_are_logged(tmp_path):
         ({"reward": "math", "data": "mine.jsonl"}, "math"),
         ({"reward": "a.py:f", "data": "mine.jsonl", "judge": "b.py:g"}, "b.py:g"),
         ({"reward": "a.py:f", "task": "t.py"}, "t.py:score"),
+        ({"reward": "a.py:f", "task": "t.py", "then": ("u.py",)}, "tasks"),
     ],
 )
 def test_held_out_answers_are_judged_by_the_tasks_own_verifier_where_there_is_one(settings, judge):
@@ -259,20 +260,6 @@ def test_the_task_of_the_documentation_scores_its_own_words(tmp_path):
     scorer.check(prompts)
     answers = [prompts[0].row["word"][::-1], "no"]
     assert scorer.of_prompts(answers, prompts, [5, 2], [False] * 2) == [1.0, 0.0] and len(held_out) > 100
-
-
-def test_stages_of_the_documentation_are_scored_each_by_its_own_task(tmp_path, monkeypatch):
-    monkeypatch.syspath_prepend(tmp_path)
-    for name, worth in (("easy", 1.0), ("hard", 0.5)):
-        rows = [{"problem": f"{name} {i}?"} for i in range(20)]
-        scored = f"def score(responses, golds): return [{worth}] * len(responses)"
-        write(tmp_path / f"{name}.py", f"def rows(): return {rows}\n{scored}\n")
-    path = write(tmp_path / "in_order.py", example("import easy"))
-    training, held_out, _ = own.problems(path)
-    assert {pair[3]["stage"] for pair in training} == {0, 1} and len(training) + len(held_out) == 40
-    prompts = [data.Prompt(i, *pair[:2], (1,), *pair[2:]) for i, pair in enumerate(training)]
-    rewards = own.Scorer(config.scorer_of(path)).of_prompts(["a"] * 36, prompts, [1] * 36, [False] * 36)
-    assert rewards == [1.0 if prompt.text.startswith("easy") else 0.5 for prompt in prompts]
 
 
 def test_a_tenth_of_a_task_is_held_out_and_repeats_are_dropped(tmp_path):

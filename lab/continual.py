@@ -17,6 +17,7 @@ import io
 import json
 import sys
 import tempfile
+import time
 from dataclasses import dataclass
 from statistics import fmean
 from typing import Literal
@@ -25,10 +26,12 @@ from unittest import mock
 import numpy as np
 from tqdm import tqdm
 
+from lab.figures import continual_table
 from replay import Uniform
-from support import config, stats
+from support import config
 from support.config import ROOT
 from support.log import commit
+from tasks import tiny
 
 RESULTS = ROOT / "lab" / "results" / "continual.json"
 
@@ -97,12 +100,6 @@ KINDS = {  # flags of a run, and the stage of a prompt
     "keys": (["--sharing", "none", "--lr", "8e-4", "--eval-prompts", "512"], lambda prompt: prompt.index % 2),
     "digits": (["--sharing", "digits", "--lr", "5e-4"], lambda prompt: int("-" in prompt.text)),
 }
-MEASURES = {
-    "first stage, at its end": lambda run: run[1][0],
-    "first stage, at the end": lambda run: run[2][0],
-    "second stage, at the end": lambda run: run[2][1],
-    "both, at the end": lambda run: fmean(run[2]),
-}
 
 
 @dataclass
@@ -116,7 +113,6 @@ class Flags:
 def accuracies(kind: str, arm: str, seed: int, steps: int) -> list[list[float]]:
     """Accuracy of both stages at the start, between the stages and at the end [3][2]."""
     import train
-    from tasks import tiny
 
     given, stage_of = KINDS[kind]
     measured = []
@@ -146,36 +142,22 @@ def accuracies(kind: str, arm: str, seed: int, steps: int) -> list[list[float]]:
     return measured
 
 
-def table(runs: dict) -> str:
-    """runs: kind -> arm -> one [3][2] a seed. In per cent; arms but the first as points against it."""
-    lines = []
-    for kind, arms in runs.items():
-        lines += [f"| {kind} | {' | '.join(arms)} |", "|---" * (len(arms) + 1) + "|"]
-        for name, measure in MEASURES.items():
-            values = {arm: [100 * measure(run) for run in seeds] for arm, seeds in arms.items()}
-            base, *others = values.values()
-            cells = [f"{fmean(base):.1f}"]
-            for other in others:
-                found = stats.by_seed([b - a for a, b in zip(base, other, strict=True)])
-                interval = "" if len(base) == 1 else f" ({found['low']:+.1f} to {found['high']:+.1f})"
-                cells.append(f"{found['mean']:+.1f}{interval}")
-            lines.append(f"| {name} | {' | '.join(cells)} |")
-        lines.append("")
-    return "\n".join(lines)
-
-
 def main(argv: list[str]) -> int:
     flags, _ = config.parse(Flags, argv, __doc__)
     result = {"command": " ".join(["python -m lab.continual", *argv]), "commit": commit(), "steps": flags.steps}
+    for kind in flags.kinds:
+        tiny.made(kind if kind != "keys" else "none")  # its CPU seconds are not those of the runs
+    started = time.process_time()
     result["runs"] = {kind: {arm: [] for arm in ARMS} for kind in flags.kinds}
     for seed in tqdm(range(flags.seeds), disable=None):
         for kind, arms in result["runs"].items():
             for arm, runs in arms.items():
                 found = accuracies(kind, arm, seed, flags.steps)
                 runs.append([[round(value, 4) for value in pair] for pair in found])
+        result["cpu_seconds"] = round(time.process_time() - started)
         with open(flags.out, "w") as file:
             file.write(json.dumps(result) + "\n")
-    print(table(result["runs"]))
+    print(continual_table(result))
     return 0
 
 

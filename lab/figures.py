@@ -303,6 +303,31 @@ def gates_table(cells: dict[str, dict]) -> str:
     return f"{head}\n\n{markdown(['arm', 'behind', 'ahead', 'mean', 'worst', *cells], rows)}"
 
 
+def continual_table(result: dict) -> str:
+    """Tasks one after another (lab/continual.py): accuracy on each stage, by arm. result["runs"]: kind -> arm -> the
+    accuracies at the start, between the stages and at the end, of both stages [3][2], of each seed."""
+    measures = {
+        "first stage, at its end": lambda run: run[1][0],
+        "first stage, at the end": lambda run: run[2][0],
+        "second stage, at the end": lambda run: run[2][1],
+        "both, at the end": lambda run: sum(run[2]) / 2,
+    }
+    columns = ["task", "accuracy", *next(iter(result["runs"].values()))]
+    rows = []
+    count = 0
+    for kind, arms in result["runs"].items():
+        count += sum(len(runs) for runs in arms.values())
+        for name, measure in measures.items():
+            base, *others = [[measure(run) for run in runs] for runs in arms.values()]
+            tests = [stats.by_seed([b - a for a, b in zip(base, other, strict=True)]) for other in others]
+            rows.append([kind, name, f"{100 * sum(base) / len(base):.1f}", *map(points_of, tests)])
+    head = (
+        f"Without replay in per cent; others: points against it, {len(base)} matched seeds, 95 % intervals without "
+        f"correction. {count} runs, {result['cpu_seconds'] / 3600:.2g} CPU hours."
+    )
+    return f"{head}\n\n{markdown(columns, rows)}"
+
+
 def bound_sign(cell: dict, rule: str) -> str:
     return ">" if cell["rules"][rule]["late"]["reached"] < cell["seeds"] else ""
 
@@ -512,6 +537,7 @@ def tables() -> dict[str, str]:
     made["seconds"] = overview_table(read_results("seconds"), "seconds")
     made["second-pass"] = second_pass_table(json.loads((RESULTS / "second-pass.json").read_text())["cells"])
     made["gates"] = gates_table(json.loads((RESULTS / "gates.json").read_text())["cells"])
+    made["continual"] = continual_table(json.loads((RESULTS / "continual.json").read_text()))
     made["map"] = map_table(read_map())
     made["gpus"] = gpus.table()
     made["gpus-8b"] = gpus.table(gpus.ROWS[:4])

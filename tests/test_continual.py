@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import train
-from lab import continual
+from lab import continual, figures
 from lab.continual import ContinualReplay
 from replay import Uniform
 from tasks import stages
@@ -116,17 +116,19 @@ def test_arms_share_the_first_stage_and_are_measured_three_times(tmp_path, capsy
     alone, replayed, together = (arms[name][0] for name in continual.ARMS)
     assert alone[0] == replayed[0] == together[0] and alone[1] == replayed[1]  # nothing to replay before
     assert np.array([alone, replayed, together]).shape == (3, 3, 2)
-    assert "| first stage, at its end |" in capsys.readouterr().out
+    assert "| keys | first stage, at its end |" in capsys.readouterr().out
 
 
 def test_table_has_the_baseline_and_paired_differences():
     run = [[0.2, 0.2], [0.6, 0.2], [0.5, 0.6]]
     better = [[0.2, 0.2], [0.6, 0.2], [0.6, 0.5]]
-    text = continual.table({"keys": {"in sequence": [run, run], "with replay": [better, better]}})
-    assert "| first stage, at its end | 60.0 | +0.0 (+0.0 to +0.0) |" in text
-    assert "| first stage, at the end | 50.0 | +10.0 (+10.0 to +10.0) |" in text
-    assert "| second stage, at the end | 60.0 | -10.0 (-10.0 to -10.0) |" in text
-    assert "| both, at the end | 55.0 | +0.0 (+0.0 to +0.0) |" in text
+    runs = {"keys": {"in sequence": [run, run], "with replay": [better, better]}}
+    text = figures.continual_table({"runs": runs, "cpu_seconds": 720})
+    assert "| keys | first stage, at its end | 60.0 | +0.0 (+0.0 to +0.0) |" in text
+    assert "| keys | first stage, at the end | 50.0 | +10.0 (+10.0 to +10.0) |" in text
+    assert "| keys | second stage, at the end | 60.0 | -10.0 (-10.0 to -10.0) |" in text
+    assert "| keys | both, at the end | 55.0 | +0.0 (+0.0 to +0.0) |" in text
+    assert "2 matched seeds" in text and "4 runs, 0.2 CPU hours" in text
 
 
 # ---------------------------------------------------------------- in the loop

@@ -537,6 +537,7 @@ def tables() -> dict[str, str]:
     made["seconds"] = overview_table(read_results("seconds"), "seconds")
     made["second-pass"] = second_pass_table(json.loads((RESULTS / "second-pass.json").read_text())["cells"])
     made["gates"] = gates_table(json.loads((RESULTS / "gates.json").read_text())["cells"])
+    made["demo"] = demo_figure.table(json.loads(demo_figure.RESULTS.read_text()))
     made["continual"] = continual_table(json.loads((RESULTS / "continual.json").read_text()))
     made["map"] = map_table(read_map())
     made["gpus"] = gpus.table()

@@ -2,6 +2,7 @@
 
 import ast
 import io
+import re
 import sys
 import tokenize
 
@@ -83,6 +84,9 @@ def test_paragraphs_are_opened_by_comments_and_lines_are_not_long():
 def test_the_readme_is_short_enough_to_be_read_before_the_first_command():
     text = (ROOT / "README.md").read_text()
     assert len(text.splitlines()) <= 130 and len(text.split()) <= 1500
+    for name in SCRIPTS:
+        said = re.search(rf"\| \[{name}\.py\]\({name}\.py\) \| (\d+) \|", text)
+        assert abs(int(said[1]) - len(source(name).splitlines())) <= 5, f"lines of {name}.py in README.md"
 
 
 @pytest.mark.parametrize("folder", ["support", "tasks"])

@@ -80,6 +80,7 @@ def advantages(rewards: torch.Tensor, kind: str = "centred") -> torch.Tensor:
     group_size = rewards.shape[-1]
     if group_size < 2:
         raise ValueError(f"a group needs at least 2 answers to compare, got {group_size}")
+    rewards = rewards if rewards.is_floating_point() else rewards.float()  # a user's 0 and 1 may be whole numbers
     equal = (rewards == rewards[..., :1]).all(-1, keepdim=True)  # the float mean of equal numbers can miss them
     centred = (rewards - rewards.mean(-1, keepdim=True)).masked_fill(equal, 0.0)
     if kind == "centred":

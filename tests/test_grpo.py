@@ -62,6 +62,13 @@ def test_advantages_by_hand(kind, expected):
     torch.testing.assert_close(advantages(groups[0], kind), tensor(expected))
 
 
+@pytest.mark.parametrize("kind", ["centred", "std", "rloo"])
+@pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.float64])
+def test_rewards_of_any_type_have_the_same_advantages(kind, dtype):
+    rewards = torch.tensor([[1, 0, 0, 1], [1, 1, 1, 1]])
+    assert torch.allclose(grpo.advantages(rewards.to(dtype), kind).float(), grpo.advantages(rewards.float(), kind))
+
+
 def test_rloo_is_the_mean_of_the_others():
     rewards = torch.rand(7, dtype=F64)
     others = torch.stack([torch.cat([rewards[:i], rewards[i + 1 :]]).mean() for i in range(7)])

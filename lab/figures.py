@@ -365,22 +365,27 @@ def comparison(result: dict, path: Path) -> Path:
 
 
 def by_rate(results: dict[str, dict], path: Path) -> Path:
-    """Accuracy over rollouts, a panel for each learning rate: bands, or the runs where there are few seeds."""
-    figure, axes = new_figure(1, len(results), (1 + 4.5 * len(results), 5.2), sharey=True)
+    """Accuracy over rollouts and over CPU seconds, a row for each learning rate. Of seven arms two have bands, or
+    nothing could be seen: the baseline and `twice`."""
+    figure, axes = new_figure(len(results), 2, (10, 1 + 4.2 * len(results)), sharey=True)
     colours = plot.colours_of(list(next(iter(results.values()))["methods"]))
-    for axis, (name, result) in zip(axes[0], results.items(), strict=True):
-        for method, entry in result["methods"].items():
-            draw_curve(axis, entry["curves"]["rollouts"], colours[method], f"{plot.label_of(method)}")
+    for row, (name, result) in zip(axes, results.items(), strict=True):
         seeds = max(entry["seeds"] for entry in result["methods"].values())
-        axis.set(xlim=(0, None), xlabel="rollouts", title=f"{name}, {seeds} seed{'s' if seeds > 1 else ''}")
-        tidy(axis)
-    axes[0, 0].set_ylabel(measure_of(next(iter(results.values()))))
-    axes[0, 0].yaxis.set_major_formatter("{x:.0%}")
+        for axis, cost in zip(row, ("rollouts", "seconds"), strict=True):
+            for method, entry in result["methods"].items():
+                band = method in (result["baseline"], "twice")
+                draw_curve(axis, entry["curves"][cost], colours[method], plot.label_of(method), band)
+            axis.set(xlim=(0, None), xlabel=LONG_COSTS[cost])
+            axis.set_title(f"{name}, {seeds} seed{'s' if seeds > 1 else ''}, over {LONG_COSTS[cost]}")
+            tidy(axis)
+        row[0].set_ylabel(measure_of(result))
+        row[0].yaxis.set_major_formatter("{x:.0%}")
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
+    figure.suptitle("Bands: 95 % intervals of the mean, of plain GRPO and the control twice", fontsize=12)
     return plot.save(figure, path)
 
 
-def draw_curve(axis, curve: dict, colour: str, label: str) -> None:
+def draw_curve(axis, curve: dict, colour: str, label: str, band: bool = True) -> None:
     """One method: `grid` of costs [N], and under `seeds` the accuracies of each run there [N]."""
     runs = np.array(list(curve["seeds"].values()))  # [S, N]
     if len(runs) < BAND_FROM:
@@ -391,7 +396,8 @@ def draw_curve(axis, curve: dict, colour: str, label: str) -> None:
     low = [point["low"] for point in points]
     high = [point["high"] for point in points]
     axis.plot(curve["grid"], runs.mean(0), color=colour, linewidth=2, label=label)
-    axis.fill_between(curve["grid"], low, high, color=colour, alpha=0.15, linewidth=0)
+    if band:
+        axis.fill_between(curve["grid"], low, high, color=colour, alpha=0.15, linewidth=0)
 
 
 def at_most_four(results: dict[str, dict]) -> dict[str, dict]:

@@ -211,8 +211,16 @@ def test_a_table_is_filled_in_between_its_marks_and_an_unknown_one_is_refused():
 def test_all_figures_of_the_documentation_are_made_from_shipped_results(tmp_path):
     paths = figures.figures(tmp_path)
     shipped = {path.name for path in (figures.DOCS / "figures").glob("*.png")}
-    assert len(paths) == 7 and {path.name for path in paths} == shipped
+    assert len(paths) == 8 and {path.name for path in paths} == shipped
     assert all(path.stat().st_size > 10_000 for path in paths)
+
+
+def test_long_answers_have_bands_for_the_baseline_and_the_control_alone(monkeypatch, tmp_path):
+    drawn = []
+    monkeypatch.setattr(plot, "save", lambda figure, path: drawn.append(figure) or path)
+    figures.by_rate(figures.read_results("long"), tmp_path / "long.png")
+    for axis in drawn[0].axes:
+        assert len(axis.lines) == 7 and len(axis.collections) == 2
 
 
 def test_a_figure_of_many_methods_has_the_papers_first_and_alone_in_colour(monkeypatch, tmp_path):

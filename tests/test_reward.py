@@ -105,6 +105,8 @@ def test_the_last_box_after_the_last_thought(response, expected):
 # ---- rules 4 and 5: `gold ; answer ; answer ...`, all equal in the first table and all different in the second
 
 EQUAL = r"""
+{3,5} ; 3,5 ; 5,3 ; \{3,5\} ; \{5,3\}
+5\text{ million} ; 5 million
 25 ; 5² ; ５² ; 5^{2} ; √625
 32 ; 2⁵ ; 2^5 ; 2⁴⋅2 ; 2⁶⁻¹
 1000000 ; 10⁶ ; 10^6
@@ -209,6 +211,8 @@ E_{1}+1 ; E_1+1
 """
 
 UNEQUAL = r"""
+{3,5} ; (3,5) ; [3,5] ; 3,6 ; 3
+5\text{ million} ; 5 ; 5\text{ billion}
 25 ; 2⁵ ; 5⁵ ; 2⁵⁰
 106 ; 10⁶
 1/2 ; 1½ ; ⅓ ; ½½

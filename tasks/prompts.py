@@ -23,7 +23,7 @@ def load_prompts(cfg, tokenizer, rewards=(), model=None) -> tuple[list[data.Prom
             notes.append(data.PLAIN_TEXT)
     else:
         pairs, held_out = tiny.problems(cfg.sharing, cfg.eval_prompts, cfg.difficulty, cfg.max_prompts)
-    if cfg.max_prompts and not cfg.then:
+    if cfg.max_prompts and not cfg.task:
         pairs = pairs[: cfg.max_prompts]
 
     # From text to token ids, once and for all.

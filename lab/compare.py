@@ -50,7 +50,6 @@ from support.rows import read_rows, read_settings
 from tasks import tiny
 
 LEVELS = (0.4, 0.5, 0.6, 0.7)
-WINDOW = 0.2  # share of a cost over whose end accuracy is averaged
 POINTS = 41  # of a curve in results.json
 OBJECTIVE = ("advantage", "clip_high", "dual_clip", "normaliser", "mask_truncated")  # equal over the arms
 # settings that say where and how a run is kept, and do not make it another run
@@ -157,7 +156,7 @@ def spent(run: dict, cost: str) -> float:
 
 def accuracy_at(run: dict, cost: str, budget: float) -> float:
     """Mean accuracy over the last fifth of `budget`."""
-    return float(accuracies(run, cost, np.linspace((1 - WINDOW) * budget, budget, 201)).mean())
+    return figures.end_accuracy(run["points"][cost], run["points"]["accuracy"], budget)
 
 
 def area(run: dict, cost: str, budget: float) -> float:
@@ -168,7 +167,7 @@ def area(run: dict, cost: str, budget: float) -> float:
 def cost_to_reach(run: dict, level: float, cost: str = "rollouts") -> float | None:
     """The least cost at which `accuracy_at` reaches `level`; None where it never does."""
     costs = np.linspace(0, spent(run, cost), 501)
-    windows = np.outer(costs, np.linspace(1 - WINDOW, 1, 41))
+    windows = np.outer(costs, np.linspace(1 - figures.WINDOW, 1, 41))
     means = accuracies(run, cost, windows).mean(1)
     first = int(np.argmax(means >= level))
     if first == 0:

@@ -18,17 +18,15 @@ import json
 import sys
 import tempfile
 import time
-from dataclasses import dataclass
-from statistics import fmean
+from dataclasses import dataclass, replace
 from typing import Literal
-from unittest import mock
 
 import numpy as np
 from tqdm import tqdm
 
 from lab.figures import continual_table
 from replay import Uniform
-from support import config
+from support import config, plot
 from support.config import ROOT
 from support.log import commit
 from tasks import tiny
@@ -115,31 +113,25 @@ def accuracies(kind: str, arm: str, seed: int, steps: int) -> list[list[float]]:
     import train
 
     given, stage_of = KINDS[kind]
-    measured = []
     with tempfile.TemporaryDirectory() as folder:
         argv = [*given, "--seed", str(seed), "--steps", str(steps), "--out", f"{folder}/run"]
         argv += ["--eval-every", str(steps // 2), "--eval-samples", "2", "--save-every", "1000000"]
         run = train.Run(config.settings(argv, train.Config, train.METHODS, tiny.SETTINGS, "")[0])
+        # The rows have no stage of their own; with one the run measures each stage by itself.
+        for prompts in (run.prompts, run.held_out):
+            prompts[:] = [replace(prompt, row={"stage": stage_of(prompt)}) for prompt in prompts]
         if ARMS[arm] is not None:
             run.sampler = ContinualReplay(len(run.prompts), seed, ARMS[arm])
-            run.sampler.stage = np.array([stage_of(prompt) for prompt in run.prompts])
+            run.sampler.attach(run)
         run.folder.mkdir()
-        held_out = run.held_out
-        evaluate = train.evaluate
-
-        def by_stage(run, when: str = "") -> dict[str, float]:
-            """In place of train.evaluate: each stage by itself."""
-            found = []
-            for stage in (0, 1):
-                run.held_out = [prompt for prompt in held_out if stage_of(prompt) == stage]
-                found += evaluate(run).values()
-            run.held_out = held_out
-            measured.append(found)
-            return {f"eval_accuracy{when}": fmean(found)}
-
-        with mock.patch.object(train, "evaluate", by_stage), contextlib.redirect_stdout(io.StringIO()):
+        with contextlib.redirect_stdout(io.StringIO()):
             train.train(run)
-    return measured
+        rows = plot.read(run.folder / "metrics.jsonl")
+    between, end = (row for row in rows if "eval_accuracy" in row)
+    found = []
+    for row, when in ((rows[0], "_start"), (between, ""), (end, "")):
+        found.append([row[f"eval_accuracy_stage_{stage}{when}"] for stage in (0, 1)])
+    return found
 
 
 def main(argv: list[str]) -> int:

@@ -13,13 +13,12 @@ from pathlib import Path
 
 import numpy as np
 
-from support import plot, stats
+from support import plot
 from support.config import ROOT
 from support.rows import read_settings
 
 RESULTS = ROOT / "lab" / "results" / "demo.json"
 FIGURE = ROOT / "docs" / "figures" / "demo.png"
-LEVEL = 0.7
 LABELS = {
     "none": "plain GRPO",
     "group": "POPO: stored groups in place of dead ones",
@@ -92,39 +91,6 @@ def demo(result: dict, path: Path) -> Path:
     axis.set_axisbelow(True)
     axis.spines[["top", "right"]].set_visible(False)
     return plot.save(figure, path)
-
-
-def table(result: dict) -> str:
-    """Against plain GRPO: points over the last fifth of the rollouts, and rollouts to LEVEL in %, with intervals."""
-    rollouts = result["curves"]["none"]["rollouts"]
-    last_fifth = np.linspace(0.8 * rollouts[-1], rollouts[-1], 201)
-    ends = {}
-    reached = {}
-    for method, curve in result["curves"].items():
-        runs = curve["seeds"].values()
-        ends[method] = np.array([np.interp(last_fifth, rollouts, run).mean() for run in runs])
-        reached[method] = np.array([rollouts_to(LEVEL, rollouts, run) for run in runs])
-
-    lines = [
-        f"| against plain GRPO | points at {rollouts[-1]:,} rollouts, by the measure above | rollouts to {LEVEL:.0%} |"
-    ]
-    lines.append("|---|---|---|")
-    for method, name in (("group", "POPO"), ("twice", "`twice`")):
-        points = stats.by_seed((100 * (ends[method] - ends["none"])).tolist())
-        ratio = stats.by_seed(np.log(reached[method] / reached["none"]).tolist())
-        saved = {key: 100 * np.expm1(ratio[key]) for key in ("mean", "low", "high")}
-        lines.append(
-            f"| {name} | {points['mean']:+.1f} ({points['low']:+.1f} to {points['high']:+.1f}) | "
-            f"{saved['mean']:+.0f} % ({saved['low']:+.0f} to {saved['high']:+.0f}) |"
-        )
-    return "\n".join(lines)
-
-
-def rollouts_to(level: float, rollouts: list[int], accuracies: list[float]) -> float:
-    """Where a run first reaches `level`, by straight lines between evaluations; nan if it never does."""
-    places = np.linspace(0, rollouts[-1], 2001)
-    above = np.interp(places, rollouts, accuracies) >= level
-    return float(places[above.argmax()]) if above.any() else float("nan")
 
 
 def took(result: dict, runs: int) -> str:

@@ -31,6 +31,8 @@ PANELS = 4  # a figure has no more
 # In a figure of many methods these have their colours and stand first; eleven colours cannot be told apart.
 IN_COLOUR = ("prompt", "prioritized", "rollout", "group", "popo", "twice")
 OTHERS = "#8a8a8a"
+WINDOW = 0.2  # share of a cost over whose end accuracy is averaged
+DEMO_LEVEL = 0.7  # of accuracy, in the demo's table
 SCALE = 10  # points of accuracy; the forest writes larger differences as a number
 RESULTS = ROOT / "lab" / "results"
 VISITS = RESULTS / "lives.npz"  # of the reference run of Prompt Replay (lab/reference.py)
@@ -303,6 +305,37 @@ def gates_table(cells: dict[str, dict]) -> str:
     return f"{head}\n\n{markdown(['arm', 'behind', 'ahead', 'mean', 'worst', *cells], rows)}"
 
 
+def end_accuracy(costs, accuracies, budget: float) -> float:
+    """Mean accuracy over the last fifth of `budget`, by straight lines between evaluations: [N] and [N]."""
+    return float(np.interp(np.linspace((1 - WINDOW) * budget, budget, 201), costs, accuracies).mean())
+
+
+def demo_table(result: dict) -> str:
+    """The README's runs against plain GRPO: points of accuracy at the end, and rollouts to DEMO_LEVEL in %."""
+    rollouts = result["curves"]["none"]["rollouts"]
+    ends = {}
+    reached = {}
+    for method, curve in result["curves"].items():
+        runs = curve["seeds"].values()
+        ends[method] = np.array([end_accuracy(rollouts, run, rollouts[-1]) for run in runs])
+        reached[method] = np.log([rollouts_to(DEMO_LEVEL, rollouts, run) for run in runs])
+    rows = []
+    for method, name in (("group", "POPO"), ("twice", "`twice`")):
+        points = stats.by_seed((ends[method] - ends["none"]).tolist())
+        ratio = stats.by_seed((reached[method] - reached["none"]).tolist())
+        mean, low, high = (100 * math.expm1(ratio[key]) for key in ("mean", "low", "high"))
+        rows.append([name, points_of(points), f"{mean:+.0f} % ({low:+.0f} to {high:+.0f})"])
+    points = f"points at {rollouts[-1]:,} rollouts, by the measure above"
+    return markdown(["against plain GRPO", points, f"rollouts to {DEMO_LEVEL:.0%}"], rows)
+
+
+def rollouts_to(level: float, rollouts: list[int], accuracies: list[float]) -> float:
+    """Where a run first reaches `level`, by straight lines between evaluations; nan if it never does."""
+    places = np.linspace(0, rollouts[-1], 2001)
+    above = np.interp(places, rollouts, accuracies) >= level
+    return float(places[above.argmax()]) if above.any() else math.nan
+
+
 def continual_table(result: dict) -> str:
     """Tasks one after another (lab/continual.py): accuracy on each stage, by arm. result["runs"]: kind -> arm -> the
     accuracies at the start, between the stages and at the end, of both stages [3][2], of each seed."""
@@ -392,11 +425,11 @@ def draw_curve(axis, curve: dict, colour: str, label: str, band: bool = True) ->
         for i, run in enumerate(runs):
             axis.plot(curve["grid"], run, color=colour, linewidth=1.4, label=label if i == 0 else None)
         return
-    points = [stats.by_seed(column.tolist()) for column in runs.T]
-    low = [point["low"] for point in points]
-    high = [point["high"] for point in points]
     axis.plot(curve["grid"], runs.mean(0), color=colour, linewidth=2, label=label)
     if band:
+        points = [stats.by_seed(column.tolist()) for column in runs.T]
+        low = [point["low"] for point in points]
+        high = [point["high"] for point in points]
         axis.fill_between(curve["grid"], low, high, color=colour, alpha=0.15, linewidth=0)
 
 
@@ -543,7 +576,7 @@ def tables() -> dict[str, str]:
     made["seconds"] = overview_table(read_results("seconds"), "seconds")
     made["second-pass"] = second_pass_table(json.loads((RESULTS / "second-pass.json").read_text())["cells"])
     made["gates"] = gates_table(json.loads((RESULTS / "gates.json").read_text())["cells"])
-    made["demo"] = demo_figure.table(json.loads(demo_figure.RESULTS.read_text()))
+    made["demo"] = demo_table(json.loads(demo_figure.RESULTS.read_text()))
     made["continual"] = continual_table(json.loads((RESULTS / "continual.json").read_text()))
     made["map"] = map_table(read_map())
     made["gpus"] = gpus.table()

@@ -7,7 +7,6 @@ A group here is any record with prompt, tokens, logprobs, truncated, rewards and
 import json
 import math
 import os
-import re
 import resource
 import subprocess
 import sys
@@ -19,7 +18,7 @@ import torch
 from tqdm import tqdm
 
 from support import lives, ranks
-from support.rows import read_rows
+from support.rows import read_rows, stage_keys
 from support.state import Saved
 
 # ---------------------------------------------------------------- files
@@ -417,7 +416,7 @@ def line(row: dict, evaluated: str = "held-out") -> str:
     ]
     if "eval_accuracy" in row:
         parts.append(f"{evaluated} {row['eval_accuracy']:.3f}")
-        stages = [f"{row[name]:.3f}" for name in row if re.fullmatch(r"eval_accuracy_stage_\d+", name)]
+        stages = [f"{row[name]:.3f}" for name in stage_keys(row)]
         if stages:
             parts[-1] += f" (stages {' '.join(stages)})"
     if row["truncated"] > 0.3:

@@ -6,14 +6,13 @@ python -m support.plot out/RUN out/BASE     the same, with the curves of out/BAS
 
 import io
 import os
-import re
 import sys
 from numbers import Real
 from pathlib import Path
 
 import numpy as np
 
-from support.rows import read_rows, read_settings
+from support.rows import read_rows, read_settings, stage_keys
 
 BLUE, ORANGE, GREY, GREEN = "#2a6f97", "#e07a1f", "#8d99ae", "#3a7d44"
 
@@ -172,7 +171,7 @@ class Curves:
 
     def stages(self) -> list[str]:
         """Keys of the accuracy in each stage, where there are several."""
-        return [key for key in self.rows[-1] if re.fullmatch(r"eval_accuracy_stage_\d+", key)]
+        return list(dict.fromkeys(key for row in self.rows for key in stage_keys(row)))
 
     def pass_rates(self, *keys: str) -> np.ndarray:
         """Share of groups with 0 .. G right answers over the whole run [G + 1]; empty where there were none."""

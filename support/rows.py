@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -27,6 +28,11 @@ def read_settings(folder: Path) -> dict:
     if not isinstance(settings, dict) or not {"replay", "seed"} <= set(settings):
         raise ValueError(f"{path} holds no settings of a run; give the folders of runs of train.py")
     return settings
+
+
+def stage_keys(row: dict) -> list[str]:
+    """The keys of a row of metrics.jsonl that hold the accuracy in each stage (log.accuracies)."""
+    return [key for key in row if re.fullmatch(r"eval_accuracy_stage_\d+", key)]
 
 
 def read_rows(path: Path, needed: dict[str, type]) -> list[tuple[bytes, dict]]:

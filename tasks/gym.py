@@ -202,7 +202,6 @@ class Scorer(own.Scorer):
     the responses. partial: the score as it is, where else it is 1 from RIGHT on, and 0 below."""
 
     def __init__(self, grader, count: Callable, partial: bool):
-        self.name = "gym"
         self.partial = partial
         self.grader = grader
         self.count = count

@@ -17,26 +17,29 @@ def problems_of(task: str) -> tuple[list[tuple], list[tuple], str]:
 def problems(tasks: tuple[str, ...], most: int, most_held_out: int) -> tuple[list[tuple], list[tuple], list[str]]:
     """The same of several, with a line about each. `most` of each task are trained on (0: all). What one task holds out
     no other trains on."""
+    found = [problems_of(task) for task in tasks]
+    if len(found) > 1:
+        never = {json.dumps(pair[0]) for _, held, _ in found for pair in held}
+        found = [staged(*one, stage, never) for stage, one in enumerate(found)]
     training = []
     held_out = []
     notes = []
-    never = set()
-    for stage, task in enumerate(tasks):
-        pairs, held, note = problems_of(task)
-        if len(tasks) > 1:
-            pairs = staged(pairs, stage)
-            held = staged(held, stage)
-            note = f"stage {stage}: {note.removeprefix('task: ')}"
-        never |= {json.dumps(pair[0]) for pair in held}
+    for pairs, held, note in found:
         training += pairs[: most or None]
         held_out += held[:most_held_out]
         notes.append(note)
-    return [pair for pair in training if json.dumps(pair[0]) not in never], held_out, notes
+    return training, held_out, notes
 
 
-def staged(pairs: list[tuple], stage: int) -> list[tuple]:
-    """The same rows with this stage, in place of one that they may have had."""
-    return [(problem, answer, gold, row | {"stage": stage}) for problem, answer, gold, row in pairs]
+def staged(pairs: list[tuple], held: list[tuple], note: str, stage: int, never: set[str]) -> tuple:
+    """One task of several: its rows have this stage, in place of one that they may have had, and none of the problems
+    `never` to be trained on."""
+
+    def with_stage(rows: list[tuple]) -> list[tuple]:
+        return [(problem, answer, gold, row | {"stage": stage}) for problem, answer, gold, row in rows]
+
+    pairs = [pair for pair in pairs if json.dumps(pair[0]) not in never]
+    return with_stage(pairs), with_stage(held), f"stage {stage}: {note.removeprefix('task: ')}"
 
 
 class Scorer(own.Scorer):

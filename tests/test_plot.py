@@ -39,6 +39,21 @@ def lines(axis) -> dict[str, list]:
     return {line.get_label(): line for line in axis.lines if not line.get_label().startswith("_")}
 
 
+def test_stages_are_drawn_of_a_run_alone_though_its_last_step_was_not_evaluated(tmp_path, drawn):
+    stages = {f"eval_accuracy_stage_{stage}": [0.1 * (stage + 1)] * 40 for stage in (0, 1)}
+    folder = make_run(tmp_path / "a", "continual", stages)
+    path = folder / "metrics.jsonl"
+    *rows, last = map(json.loads, path.read_text().splitlines())
+    last = {key: value for key, value in last.items() if not key.startswith("eval_")}
+    path.write_text("".join(json.dumps(row) + "\n" for row in [*rows, last]))
+    plot.curves(folder)
+    found = lines(drawn[0].axes[0])
+    assert [list(found[f"stage {stage}"].get_ydata())[-1] for stage in (0, 1)] == [0.1, 0.2]
+
+    plot.curves(folder, make_run(tmp_path / "b", "none", {}))
+    assert not any(label.startswith("stage") for label in lines(drawn[1].axes[0]))
+
+
 def test_a_run_has_four_panels_in_the_colour_of_its_method(tmp_path, drawn):
     ages = [[0, step % 3, 2] for step in range(1, 41)]
     rule = {"pace": list(range(40)), "always": 3, "group_ages": ages, "words": "no number"}

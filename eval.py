@@ -9,10 +9,11 @@ A table goes to the console, every score to results.json, every answer to NAME@K
 again goes on where it was stopped, and grades anew what is there. results.json holds a sha256 of problems and golds,
 since accuracies on different ones are not compared.
 
-An answer is right if its reward is 1. avg@k is the mean over problems of the share of k answers that are right, with
-an error clustered by problem (support/stats.py). pass@k is unbiased, and pass@1 is avg@k. In the vote (maj@k) ties
-are shared, no answer is no vote, and wrong answers are the same if spelt the same. The macro mean counts each
-benchmark once. AES weighs tokens against accuracy (add_aes in support/stats.py).
+An answer is right if its reward is 1 or more. avg@k is the mean over problems of the share of k answers that are right,
+with an error clustered by problem (support/stats.py). pass@k is the chance that one of k answers is right, by the
+unbiased estimate; pass@1 is avg@k. maj@k is the vote of k: ties are shared, no answer is no vote, and wrong answers are
+the same if spelt the same. The macro mean counts each benchmark once. AES is the share of tokens saved, plus 3 x the
+relative gain in accuracy, or minus 5 x the relative loss.
 
 Sampling is at a temperature alone (the engines have no top-p and no top-k), with one random stream for each (seed,
 problem, sample). Answers end after --max-tokens; "cut off" is the share that did.

@@ -314,7 +314,7 @@ class GroupReplay(ReplayStore):
         self.drawn = self.choose(max(places - len(useful), 0))
         for group in self.drawn:
             group.uses += 1
-        self.replaced = len(self.drawn) / places
+        self.replaced = len(self.drawn) / max(places, 1)
         # After the draw, so that no group stands in for itself.
         self.stored.extend(useful[i] for i in self.rng.permutation(len(useful)))
         return useful + self.drawn

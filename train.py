@@ -178,7 +178,7 @@ class Run:
         # What costs nothing comes first, so that a mistake is met before minutes of loading.
         config.check_training(cfg)
         data.check_name(cfg.data)
-        make_rules(cfg, num_prompts=cfg.prompts_per_step)
+        config.check_rules(cfg, METHODS)
         self.cfg = cfg
         self.step = 0  # steps done
         self.rollouts = 0  # answers generated in them: the run's cost

@@ -1,7 +1,7 @@
 """Does a method beat plain GRPO, and by how much? Methods x matched seeds on one budget of rollouts.
 
     python -m lab.compare --methods none prompt rollout group --seeds 12 --budget-rollouts 40000
-    python -m lab.compare --arms "fifo: --replay rollout --priority-exponent 0" --methods none --seeds 12
+    python -m lab.compare --arms "even: --replay rollout --priority-exponent 0" --methods none --seeds 12
     python -m lab.compare --methods none prompt --seeds 12 -- --lr 1e-4 --share 0.5     after --: flags for every run
     python -m lab.compare --methods none prompt --lrs 1e-4 5e-4 2e-3     each rate, and the best for each method
     python -m lab.compare out/run1 out/run2 ...                          runs that are there already
@@ -13,9 +13,9 @@ is the baseline (of given folders: plain GRPO). Everything is read from the runs
 finished run is not run again. With --keep each finished run is also a line of a file, some kB long, and what is there
 is not run again either, though its folder be gone. Whole seeds are finished first.
 
-The arms share one objective: advantage, clip_high, dual_clip and normaliser are the baseline's, unless they are
-given after -- or by an arm itself. With --as-in-papers each method brings its own. Every setting in which arms
-differ stands under the table.
+The arms share one objective: advantage, clip_high, dual_clip, normaliser and mask_truncated are the baseline's, unless
+they are given after -- or by an arm itself. `rollout` keeps its clip around the birth policy. With --as-in-papers each
+method brings its own. Every setting in which arms differ stands under the table.
 
 Accuracy at a cost is the mean over the last fifth of it, by straight lines between evaluations: the same stretch for
 all runs, however far apart their evaluations are. Differences are paired by seed, with Student's t intervals; p
@@ -96,10 +96,10 @@ def settings_of(argv: list[str]):
 
 def check_run(cfg) -> None:
     """ValueError, in one line, for a run that train.py would refuse."""
-    from train import make_rules
+    from train import METHODS
 
     config.check_training(cfg)
-    make_rules(cfg, cfg.prompts_per_step)
+    config.check_rules(cfg, METHODS)
 
 
 # ---------------------------------------------------------------- curves

@@ -9,7 +9,8 @@ sorted into stages by what they ask:
     digits  sums, then differences; they share the model, but no digit fact
 
 Accuracy is measured on each stage's held-out prompts (of keys: on its training prompts) before the first step, between
-the stages and at the end. Writes lab/results/continual.json and prints a table, with paired intervals.
+the stages and at the end. Prints a table with paired intervals, and writes its numbers. Those that are shipped are in
+lab/results/continual.json.
 """
 
 import contextlib
@@ -19,6 +20,7 @@ import sys
 import tempfile
 import time
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -27,11 +29,9 @@ from tqdm import tqdm
 from lab.figures import continual_table
 from replay import Uniform
 from support import config, plot
-from support.config import ROOT
+from support.config import OUT
 from support.log import commit
 from tasks import tiny
-
-RESULTS = ROOT / "lab" / "results" / "continual.json"
 
 
 class ContinualReplay(Uniform):
@@ -45,7 +45,7 @@ class ContinualReplay(Uniform):
     With one stage it is plain GRPO.
     """
 
-    STATE = (*Uniform.STATE, "choice_rng")
+    STATE = (*Uniform.STATE, "choice_rng", "reached")
 
     def __init__(self, num_prompts: int, seed: int = 0, share: float = 0.25):
         if not 0 <= share <= 1:
@@ -54,6 +54,7 @@ class ContinualReplay(Uniform):
         self.share = share
         self.choice_rng = np.random.default_rng([seed, 1])
         self.stage = np.zeros(num_prompts, int)  # of each prompt
+        self.reached = 0  # the stage that the run is in
 
     def attach(self, run) -> None:
         """Reads the stages of the prompts of `run`. ValueError for such as cannot be trained on one after another."""
@@ -70,7 +71,7 @@ class ContinualReplay(Uniform):
         room = self.begin(n, step)
         free = np.ones(len(self.stage), bool)
         free[list(self.batch)] = False
-        now = self.current()
+        now = self.advance()
 
         # The budget is the step's, and a refill does not renew it.
         earlier = np.flatnonzero(free & (self.stage < now))
@@ -82,13 +83,14 @@ class ContinualReplay(Uniform):
         left = int((free & (self.stage == now)).sum())
         return back + self.take_fresh(min(room - count, left), lambda x: self.stage[x] != now)
 
-    def current(self) -> int:
-        """The stage that the run is in."""
+    def advance(self) -> int:
+        """The stage that the run is in. It never goes back, as the run's progress does that is resumed for longer."""
         stages = int(self.stage.max()) + 1
-        return min(int(self.progress * stages), stages - 1)
+        self.reached = max(self.reached, min(int(self.progress * stages), stages - 1))
+        return self.reached
 
     def figures(self) -> dict:
-        return {"stage": self.current()}
+        return {"stage": self.reached}
 
 
 # ---------------------------------------------------------------- the experiment
@@ -105,7 +107,7 @@ class Flags:
     kinds: tuple[Literal["keys", "digits"], ...] = ("keys", "digits")  # embedded tasks
     seeds: int = 12  # matched seeds
     steps: int = 120  # of a run, over both stages
-    out: str = str(RESULTS)  # file to write
+    out: str = str(OUT / "continual.json")  # file to write
 
 
 def accuracies(kind: str, arm: str, seed: int, steps: int) -> list[list[float]]:
@@ -139,6 +141,8 @@ def main(argv: list[str]) -> int:
     result = {"command": " ".join(["python -m lab.continual", *argv]), "commit": commit(), "steps": flags.steps}
     for kind in flags.kinds:
         tiny.made(kind if kind != "keys" else "none")  # its CPU seconds are not those of the runs
+    path = Path(flags.out)
+    path.parent.mkdir(parents=True, exist_ok=True)
     started = time.process_time()
     result["runs"] = {kind: {arm: [] for arm in ARMS} for kind in flags.kinds}
     for seed in tqdm(range(flags.seeds), disable=None):
@@ -147,9 +151,9 @@ def main(argv: list[str]) -> int:
                 found = accuracies(kind, arm, seed, flags.steps)
                 runs.append([[round(value, 4) for value in pair] for pair in found])
         result["cpu_seconds"] = round(time.process_time() - started)
-        with open(flags.out, "w") as file:
-            file.write(json.dumps(result) + "\n")
+        path.write_text(json.dumps(result) + "\n")
     print(continual_table(result))
+    print(f"numbers: {path}")
     return 0
 
 

@@ -15,6 +15,7 @@ import json
 import math
 import re
 import sys
+import textwrap
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,6 +34,14 @@ IN_COLOUR = ("prompt", "prioritized", "rollout", "group", "popo", "twice")
 OTHERS = "#8a8a8a"
 WINDOW = 0.2  # share of a cost over whose end accuracy is averaged
 DEMO_LEVEL = 0.7  # of accuracy, in the demo's table
+# Cells in which storing is held against a second pass, and the folders of their results.
+STORING = {
+    "usual": "equal-none",
+    "digits": "equal-digits",
+    "few live groups": "storing-hard",
+    "few live groups, 64 prompts a step": "storing-large",
+    "long": "storing-long",
+}
 SCALE = 10  # points of accuracy; the forest writes larger differences as a number
 RESULTS = ROOT / "lab" / "results"
 VISITS = RESULTS / "lives.npz"  # of the reference run of Prompt Replay (lab/reference.py)
@@ -281,6 +290,38 @@ def second_pass_table(cells: dict[str, dict]) -> str:
     return f"{head}\n\n{markdown(['cell', *some['accuracy'], *some['tests']], rows)}"
 
 
+def ends_of(entry: dict) -> np.ndarray:
+    """Accuracy at the end of each run of a method [S], by the curves of a comparison's file."""
+    curve = entry["curves"]["rollouts"]
+    return np.array([end_accuracy(curve["grid"], run, curve["grid"][-1]) for run in curve["seeds"].values()])
+
+
+def between(result: dict, method: str, other: str) -> dict:
+    """What `method` has more than `other` at equal rollouts, paired by seed."""
+    return stats.by_seed((ends_of(result["methods"][method]) - ends_of(result["methods"][other])).tolist())
+
+
+def storing_table(cells: dict[str, dict[str, dict]]) -> str:
+    """Storing against a second pass in the network: the tuned results of each cell, as in second_pass_table."""
+    pairs = [("group", "twice"), ("group", "none"), ("twice", "none")]
+    tests = {pair: [between(results["tuned"], *pair) for results in cells.values()] for pair in pairs}
+    for column in tests.values():
+        for test, p in zip(column, stats.holm([test["p"] for test in column]), strict=True):
+            test["p_holm"] = p
+    rows = []
+    for i, (name, results) in enumerate(cells.items()):
+        methods = results["tuned"]["methods"]
+        accuracy = [f"{100 * ends_of(methods[method]).mean():.1f}" for method in ("none", "twice", "group")]
+        rows.append([name, *accuracy, *(points_of(column[i]) for column in tests.values())])
+    seeds = {entry["seeds"] for results in cells.values() for entry in results["tuned"]["methods"].values()}
+    head = (
+        "Accuracy in per cent with the learning rate tuned for each arm, and differences in points at equal rollouts, "
+        f"{'/'.join(map(str, sorted(seeds)))} matched seeds, 95 % intervals, * Holm-corrected p < 0.05 over the cells."
+    )
+    columns = ["cell", "plain GRPO", "twice", "POPO", "POPO - twice", "POPO - plain", "twice - plain"]
+    return f"{head}\n\n{markdown(columns, rows)}"
+
+
 def gates_table(cells: dict[str, dict]) -> str:
     """Every arm of lab/gates.py: at how many of all rates it is behind one pass and ahead of it, and tuned, by cell."""
     some = next(iter(cells.values()))
@@ -484,6 +525,30 @@ def draw_difference(axis, row: int, test: dict, colour: str) -> None:
     if test["n"] > 1:
         axis.plot([100 * test["low"], 100 * test["high"]], [row, row], color=colour, linewidth=2)
     axis.plot(mean, row, "o", color=colour, markersize=7, markerfacecolor=colour if clear else "white")
+
+
+def storing(cells: dict[str, dict[str, dict]], path: Path) -> Path:
+    """What storing has more than a second pass, with 95 % intervals: a panel for each cell, a mark for each learning
+    rate and one for the tuned ones."""
+    widths = [len(results) for results in cells.values()]
+    figure, axes = new_figure(1, len(cells), (13, 4.2), sharey=True, width_ratios=widths)
+    for axis, (name, results) in zip(axes[0], cells.items(), strict=True):
+        axis.axhline(0, color="#bbbbbb", linewidth=1, zorder=0)
+        for x, (rate, result) in enumerate(results.items()):
+            test = between(result, "group", "twice")
+            colour = OTHERS if rate == "tuned" else plot.COLOURS["group"]
+            axis.plot([x, x], [100 * test["low"], 100 * test["high"]], color=colour, linewidth=2)
+            axis.plot(x, 100 * test["mean"], "o", color=colour, markersize=7)
+        axis.set_xticks(range(len(results)), [rate.removeprefix("lr ") for rate in results], rotation=60)
+        axis.set(xlim=(-0.5, len(results) - 0.5))
+        axis.set_title(textwrap.fill(name, 20))
+        axis.grid(axis="y", color="#eeeeee")
+        axis.set_axisbelow(True)
+        tidy(axis)
+    axes[0, 0].set_ylabel("points of accuracy")
+    figure.supxlabel("learning rate, the same for both; tuned: for each its own", fontsize=12)
+    figure.suptitle("POPO against a second pass over fresh answers, at equal rollouts (above 0: storing is ahead)")
+    return plot.save(figure, path)
 
 
 def regimes(cells: list[dict], path: Path, rules: list[str], interference: float) -> Path:

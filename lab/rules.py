@@ -260,6 +260,9 @@ class OnPolicyGroupReplay(GroupReplay):
             change = 1.2 if trained["ess_replayed"] >= self.min_ess else 0.7
             self.fill = min(max(self.fill * change, 0.02 * self.max_fill), self.max_fill)
 
+    def figures(self, step: int) -> dict:
+        return super().figures(step) | {"fill": self.fill}
+
 
 # ---------------------------------------------------------------- our own rule, of updates
 
@@ -268,7 +271,8 @@ class SecondPass(ReplayStore):
     """A second pass over the fresh useful groups, as long as it is right: `--replay lab/rules.py:SecondPass`.
 
     1. After the update the effective sample size of pi / pi_old is taken over its tokens, as a share of their number.
-    2. Where it is at least `min_ess`, the same answers are trained on once more, clipped around pi_old.
+    2. Where it is at least `min_ess`, the same answers are trained on once more, clipped around mu. That is pi_old but
+       for the mismatch of a vLLM engine, which w does not correct in this pass.
 
     In the simulator (lab/gates.py) it is at no rate behind one pass, and ahead where two always are; `min_ess` was
     chosen there. It stores nothing. It costs a forward pass a step, and a backward one where the second pass is taken.
@@ -299,7 +303,7 @@ class SecondPass(ReplayStore):
         self.near = on_policy_share(self.answers, self.run.policy, self.run.cfg) if self.answers else 1.0
         self.taken = bool(self.answers) and self.near >= self.min_ess
         if self.taken:
-            # fresh answers were sampled by pi_old, so that the birth policy's clip is the one around it
+            # pi_old is gone by now, and mu, which is at hand, is all but the same for fresh answers
             cfg = replace(self.run.cfg, proximal="birth")
             again = grpo.update(self.run.policy, self.run.optimizer, self.answers, cfg, self.step, self.run.reference)
             trained["optimizer_steps"] += again["optimizer_steps"]

@@ -118,6 +118,11 @@ def parse(kind: type, argv: list[str], description: str, default=None) -> tuple[
     if not titles:
         return tyro.cli(kind, args=argv, description=description, default=default), given
 
+    commented = set().union(*titles.values())
+    if commented != set(names):
+        bare = ", ".join(name for name in names if name not in commented)
+        raise TypeError(f"{kind.__name__}: {bare} needs a comment behind it in its line, which is the flag's help")
+
     # A dataclass of dataclasses, one a heading: --help puts each into a box of its own.
     boxes = []
     for number, (title, helps) in enumerate(titles.items()):
@@ -487,11 +492,26 @@ def decides(rule: type) -> str:
     return place
 
 
+def check_rules(config, methods: dict) -> None:
+    """ValueError for what --replay cannot mean, before minutes of loading. The rules of `methods` are made once, on as
+    many prompts as a step has. A class of a user's file is not: it may need to know how many prompts there are."""
+    for place, kind in choose_rules(config.replay, methods).items():
+        counts = [config.prompts_per_step] if place == "prompts" else []
+        settings = arguments(kind, config, *counts)
+        if not kind.__module__.startswith("file "):  # as load_file names the modules that it makes
+            kind(*counts, **settings)
+
+
 def build(kind: type, config, *args):
     """A `kind`, whose keyword arguments are the settings in `config` that bear the same names. ValueError if it needs
     others."""
     from support.own_rule import guarded  # imports torch, which takes seconds, and flags are read before
 
+    return guarded(kind)(*args, **arguments(kind, config, *args))
+
+
+def arguments(kind: type, config, *args) -> dict:
+    """The settings in `config` that are keyword arguments of `kind`. ValueError if it needs others."""
     signature = inspect.signature(kind)
     names = {field.name for field in dataclasses.fields(config)} & set(signature.parameters)
     settings = {name: getattr(config, name) for name in names}
@@ -499,7 +519,7 @@ def build(kind: type, config, *args):
         signature.bind(*args, **settings)
     except TypeError as error:
         raise ValueError(f"{kind.__name__} cannot be made ({error}): what is no flag needs a default") from error
-    return guarded(kind)(*args, **settings)
+    return settings
 
 
 @contextlib.contextmanager

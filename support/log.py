@@ -1,7 +1,7 @@
 """What a run writes down: figures of each step, lines on the console, metrics.jsonl, samples.jsonl and their
 mirrors.
 
-A group here is any record with prompt, tokens, logprobs, truncated, rewards and `dead`, as replay.Group is.
+A group here is any record with the attributes of replay.Group.
 """
 
 import json
@@ -96,19 +96,19 @@ def rollout_figures(groups: list, replays: set[int]) -> dict:
     entropy: nats per token, estimated by -log mu of the sampled tokens at their temperature, dead groups included.
     """
     rewards = torch.stack([group.rewards for group in groups])  # [P, G]
-    dead = torch.tensor([group.dead for group in groups]).float()
+    dead = (rewards == rewards[:, :1]).all(1)
     back = torch.tensor([group.prompt in replays for group in groups])
     logprobs = torch.cat([answer for group in groups for answer in group.logprobs])
     size = rewards.shape[1]
     # of rewards less their mean, whatever --advantage divides them by
     distance = (rewards - rewards.mean(1, keepdim=True)).abs().mean(1)
-    right = rewards.clamp(0, 1).sum(1).round().long()
+    right = torch.tensor([group.num_correct for group in groups]).round().long()
     figures = {
         "reward": rewards.mean().item(),
-        "zero_variance": dead.mean().item(),
+        "zero_variance": dead.float().mean().item(),
         "zero_variance_fresh": 0.0,
-        "all_right": (rewards >= 1).all(1).float().mean().item(),
-        "all_wrong": (rewards <= 0).all(1).float().mean().item(),
+        "all_right": (dead & (right == size)).float().mean().item(),
+        "all_wrong": (dead & (right == 0)).float().mean().item(),
         "mean_abs_advantage": distance.mean().item(),
         "replayed": back.float().mean().item(),
         "truncated": sum(sum(group.truncated) for group in groups) / rewards.numel(),
@@ -117,9 +117,9 @@ def rollout_figures(groups: list, replays: set[int]) -> dict:
         "pass_rates_replayed": torch.bincount(right[back], minlength=size + 1).tolist(),
     }
     if (~back).any():
-        figures["zero_variance_fresh"] = dead[~back].mean().item()
+        figures["zero_variance_fresh"] = dead[~back].float().mean().item()
     if back.any():
-        figures["zero_variance_replayed"] = dead[back].mean().item()
+        figures["zero_variance_replayed"] = dead[back].float().mean().item()
         figures["reward_replayed"] = rewards[back].mean().item()
     return figures
 
@@ -196,11 +196,12 @@ class Gauge(Saved):
         """Takes in the groups of a step. Returns, over all steps so far, the mean change with its standard
         error and the number of changes, for visits of which there were some."""
         if groups:
-            # All rewards at once: to ask each tensor for its mean takes longer than all that follows.
+            # All rewards at once: to ask each group for its num_correct takes longer than all that follows.
             rewards = torch.stack([group.rewards for group in groups]).numpy()  # [P, G]
             prompts = [group.prompt for group in groups]
-            rates = rewards.clip(0, 1).mean(1).tolist()
-            for prompt, rate in zip(prompts, rates, strict=True):
+            rates = rewards.clip(0, 1).mean(1)
+            rates[(rewards == rewards[:, :1]).all(1) & (rewards[:, 0] < 1)] = 0
+            for prompt, rate in zip(prompts, rates.tolist(), strict=True):
                 change = rate - self.rate[prompt]
                 if not math.isnan(change):
                     first = 3 if prompt in replays else 0

@@ -11,7 +11,8 @@ import torch
 class Saved:
     """state_dict and load_state_dict for the attributes that a class names in STATE.
 
-    KeyError if a state has other keys, ValueError if one of its arrays is of another length.
+    KeyError if a state has other keys, ValueError if one of its arrays is of another length. An array that is empty in
+    a new object may have any length later.
     """
 
     STATE: tuple[str, ...] = ()
@@ -27,9 +28,9 @@ class Saved:
         for name, value in state.items():
             now = getattr(self, name)
             if isinstance(now, np.ndarray):
-                if len(value) != len(now):
+                if now.size and value.shape[:1] != now.shape[:1]:
                     raise ValueError(f"state of {type(self).__name__} is of {len(value)} prompts, not {len(now)}")
-                now[:] = value.numpy()
+                setattr(self, name, value.numpy().astype(now.dtype))
             elif isinstance(now, np.random.Generator):
                 now.bit_generator.state = value
             elif hasattr(now, "load_state_dict"):

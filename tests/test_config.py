@@ -115,6 +115,17 @@ def test_every_flag_is_in_a_box_with_its_comment(kind):
     assert config.headings(Knobs) == {}
 
 
+def test_a_field_without_a_comment_would_be_no_flag_and_is_refused():
+    @dataclass
+    class Bare:
+        # ---- one
+        first: int = 1  # with help
+        second: int = 2
+
+    with pytest.raises(TypeError, match="Bare: second needs a comment"):
+        config.parse(Bare, [], "")
+
+
 @pytest.mark.parametrize(
     ("words", "code"),
     [

@@ -71,7 +71,18 @@ def test_a_refill_does_not_renew_the_budget_and_ends_with_the_stage():
 def test_progress_may_reach_one():
     sampler = staged()
     sampler.progress = 1.0
-    assert sampler.current() == 1
+    assert sampler.advance() == 1
+
+
+def test_a_run_resumed_for_longer_goes_on_in_the_stage_it_has_reached():
+    sampler = staged()
+    sampler.progress = 0.9
+    sampler.draw(P, 9)
+    longer = staged()
+    longer.load_state_dict(sampler.state_dict())
+    longer.progress = 0.3  # nine steps of thirty, which were nine of ten
+    longer.draw(P, 10)
+    assert longer.figures() == {"stage": 1}
 
 
 def run_with(rows) -> SimpleNamespace:

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+import replay
 from support import log
 
 ROW = {
@@ -33,20 +34,11 @@ SAMPLES = [
 ]
 
 
-def make_group(prompt: int, rewards: list[float], tokens: list, logprobs: list, truncated: list) -> SimpleNamespace:
-    """What log.py needs of a group."""
-    rewards = torch.tensor(rewards, dtype=torch.float32)
-    return SimpleNamespace(
-        prompt=prompt,
-        tokens=tokens,
-        logprobs=logprobs,
-        truncated=truncated,
-        rewards=rewards,
-        dead=bool((rewards == rewards[0]).all()),
-    )
+def make_group(prompt: int, rewards: list[float], tokens: list, logprobs: list, truncated: list) -> replay.Group:
+    return replay.Group(prompt, tokens, logprobs, truncated, 1, torch.tensor(rewards, dtype=torch.float32))
 
 
-def whole_group(prompt: int, rewards: list[float], cut: int = 0) -> SimpleNamespace:
+def whole_group(prompt: int, rewards: list[float], cut: int = 0) -> replay.Group:
     size = len(rewards)
     tokens = [torch.zeros(2, dtype=torch.int32)] * size
     logprobs = [torch.tensor([-0.5, -1.5 - prompt])] * size
@@ -257,6 +249,23 @@ def test_wandb_that_cannot_start_says_what_to_do(tmp_path, wandb, tensorboard):
 
 def group(prompt: int, *rewards: float) -> SimpleNamespace:
     return make_group(prompt, list(rewards), [], [], [])
+
+
+@pytest.mark.parametrize(
+    ("rewards", "right"),
+    [([1, 0, 1], 2), ([1, 1, 1], 3), ([2, 2, 2], 3), ([0, 0, 0], 0), ([0.5, 0.5, 0.5], 0), ([-1, -1, -1], 0)]
+    + [([0.5, 1, -1], 1.5), ([2, 1, 1], 3)],
+)
+def test_a_pass_rate_is_the_samplers_and_dead_groups_are_of_one_of_two_kinds(rewards, right):
+    one = replay.Group(0, [torch.tensor([1])] * 3, [torch.tensor([-0.5])] * 3, [False] * 3, 1, torch.tensor(rewards))
+    one.rewards = one.rewards.float()
+    assert one.num_correct == right
+    figures = log.rollout_figures([one], set())
+    assert figures["all_right"] + figures["all_wrong"] == figures["zero_variance"] == one.dead
+    assert figures["pass_rates_fresh"].index(1) == round(right)
+    gauge = log.Gauge(1)
+    gauge.observe([one], set())
+    assert gauge.rate[0] == pytest.approx(right / 3)
 
 
 def test_gauge_is_the_mean_change_from_visit_to_visit_apart_for_replay_and_epochs():

@@ -166,6 +166,24 @@ def test_a_state_that_can_be_kept_comes_back(tmp_path, value):
     assert torch.equal(again, state["mine"]) if torch.is_tensor(again) else again == state["mine"]
 
 
+def test_an_array_that_is_empty_at_first_may_have_any_length_later(tmp_path):
+    rule = built(tmp_path, with_state("np.zeros(0, int)"))
+    rule.mine = np.array([3, 1, 4])
+    other = built(tmp_path, with_state("np.zeros(0, int)"))
+    other.load_state_dict(rule.state_dict())
+    assert other.mine.tolist() == [3, 1, 4] and other.mine.dtype == int
+    with pytest.raises(ValueError, match="is of 2 prompts, not 3"):
+        other.load_state_dict(rule.state_dict() | {"mine": torch.tensor([1, 2])})
+
+
+def test_a_rule_may_need_to_know_how_many_prompts_there_are(tmp_path):
+    body = "class Mine(Uniform):\n    def __init__(self, num_prompts, seed=0):\n"
+    built(tmp_path, f"{body}        assert num_prompts == 50\n        super().__init__(num_prompts, seed)\n")
+    config.check_rules(train.Config(replay=f"{tmp_path / 'mine.py'}:Mine"), train.METHODS)
+    with pytest.raises(ValueError, match="need share in"):
+        config.check_rules(train.Config(replay="prompt", share=2.0), train.METHODS)
+
+
 @pytest.mark.parametrize(
     "value", ["object()", "__import__('collections').Counter({np.int64(3): np.float64(1)})", "lambda: 1"]
 )

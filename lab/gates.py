@@ -31,7 +31,7 @@ from pathlib import Path
 
 import numpy as np
 
-from lab import second_pass, simulate
+from lab import figures, second_pass, simulate
 from lab.figures import gates_table
 from lab.second_pass import CELLS, CLIP_HIGH, CLIP_LOW, IS_CAP, POINTS, RATES
 from lab.simulate import MEMORY, MOMENTUM, Policy, Setting, sigmoid
@@ -258,7 +258,7 @@ def judge(setting: Setting, arms: list[str], seeds: list[int]) -> dict:
     for arm in arms:
         runs, passes[arm] = train(dataclasses.replace(setting, visit=1.0), arm, seeds)
         curves[arm] = dict(zip(RATES, runs, strict=True))
-    tail = max(round(second_pass.WINDOW * POINTS), 1)
+    tail = max(round(figures.WINDOW * POINTS), 1)
     found = {}
     tuned = {arm: second_pass.tuned(curves[arm]) for arm in arms}
     for arm in arms:

@@ -41,7 +41,6 @@ from support.config import OUT, exits, parse
 
 ARMS = ("plain", "twice", "group")
 RATES = (0.8, 1.6, 3.2, 6.4, 12.8, 25.6, 51.2, 102.4, 204.8)  # --visit of lab/simulate.py
-WINDOW = 0.2  # share of a run over whose end accuracy is averaged
 POINTS = 50  # of an accuracy curve
 CLIP_LOW, CLIP_HIGH, IS_CAP = 0.2, 0.272, 2.0  # those of train.py
 
@@ -138,7 +137,7 @@ def train(setting: Setting, arm: str, seed: int) -> np.ndarray:
 def tuned(curves: dict[float, np.ndarray]) -> tuple[np.ndarray, list[float]]:
     """Accuracy at the end of each seed at the rate that was best on the way for the other half, and the rates of even
     and of odd seeds. `curves`: by rate [S, POINTS + 1]."""
-    tail = max(round(WINDOW * POINTS), 1)
+    tail = max(round(figures.WINDOW * POINTS), 1)
     ends = {rate: runs[:, -tail:].mean(1) for rate, runs in curves.items()}
     found = np.zeros(len(next(iter(ends.values()))))
     rates = []

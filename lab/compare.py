@@ -219,6 +219,9 @@ def compare_arm(arm: list[dict], base: list[dict], is_base: bool) -> dict:
     # what all runs of the pair spent: one method's few optimiser steps do not cut the others' comparison short
     budgets = {cost: min(spent(run, cost) for run in arm + base) for cost in COSTS}
     entry = {"seeds": len(arm), "budgets": budgets, "accuracy": {}, "difference": {}, "area": {}, "reach": {}}
+    entry["ends"] = {}  # of each seed at equal rollouts: other pairs of arms can be compared by them
+    for run in arm:
+        entry["ends"][str(run["seed"])] = accuracy_at(run, "rollouts", budgets["rollouts"])
     for cost, budget in budgets.items():
         entry["accuracy"][cost] = fmean(accuracy_at(run, cost, budget) for run in arm)
         if not is_base:

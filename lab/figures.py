@@ -290,15 +290,11 @@ def second_pass_table(cells: dict[str, dict]) -> str:
     return f"{head}\n\n{markdown(['cell', *some['accuracy'], *some['tests']], rows)}"
 
 
-def ends_of(entry: dict) -> np.ndarray:
-    """Accuracy at the end of each run of a method [S], by the curves of a comparison's file."""
-    curve = entry["curves"]["rollouts"]
-    return np.array([end_accuracy(curve["grid"], run, curve["grid"][-1]) for run in curve["seeds"].values()])
-
-
 def between(result: dict, method: str, other: str) -> dict:
     """What `method` has more than `other` at equal rollouts, paired by seed."""
-    return stats.by_seed((ends_of(result["methods"][method]) - ends_of(result["methods"][other])).tolist())
+    ours = result["methods"][method]["ends"]
+    theirs = result["methods"][other]["ends"]
+    return stats.by_seed([ours[seed] - theirs[seed] for seed in ours])
 
 
 def storing_table(cells: dict[str, dict[str, dict]]) -> str:
@@ -311,7 +307,7 @@ def storing_table(cells: dict[str, dict[str, dict]]) -> str:
     rows = []
     for i, (name, results) in enumerate(cells.items()):
         methods = results["tuned"]["methods"]
-        accuracy = [f"{100 * ends_of(methods[method]).mean():.1f}" for method in ("none", "twice", "group")]
+        accuracy = [f"{100 * methods[name]['accuracy']['rollouts']:.1f}" for name in ("none", "twice", "group")]
         rows.append([name, *accuracy, *(points_of(column[i]) for column in tests.values())])
     seeds = {entry["seeds"] for results in cells.values() for entry in results["tuned"]["methods"].values()}
     head = (

@@ -34,6 +34,11 @@ IN_COLOUR = ("prompt", "prioritized", "rollout", "group", "popo", "twice")
 OTHERS = "#8a8a8a"
 WINDOW = 0.2  # share of a cost over whose end accuracy is averaged
 DEMO_LEVEL = 0.7  # of accuracy, in the demo's table
+# Comparisons of one objective in both tasks, with their figures' titles.
+EQUAL = {
+    "equal-none": "One objective, no shared facts: a gated second pass keeps up with POPO and stores nothing",
+    "equal-digits": "One objective, shared digits: a second pass gains most, and no gate helps at 8e-4",
+}
 # Cells in which storing is held against a second pass, and the folders of their results.
 STORING = {
     "usual": "equal-none",
@@ -297,6 +302,14 @@ def between(result: dict, method: str, other: str) -> dict:
     return stats.by_seed([ours[seed] - theirs[seed] for seed in ours])
 
 
+def all_rates(cells: dict[str, dict[str, dict]]) -> dict[str, dict]:
+    """The results of all cells and rates, those of tuned rates left out, which are chosen among them."""
+    found = {}
+    for cell, results in cells.items():
+        found |= {f"{cell} {rate}": result for rate, result in results.items() if rate != "tuned"}
+    return found
+
+
 def storing_table(cells: dict[str, dict[str, dict]]) -> str:
     """Storing against a second pass in the network: the tuned results of each cell, as in second_pass_table."""
     pairs = [("group", "twice"), ("group", "none"), ("twice", "none")]
@@ -312,7 +325,8 @@ def storing_table(cells: dict[str, dict[str, dict]]) -> str:
     seeds = {entry["seeds"] for results in cells.values() for entry in results["tuned"]["methods"].values()}
     head = (
         "Accuracy in per cent with the learning rate tuned for each arm, and differences in points at equal rollouts, "
-        f"{'/'.join(map(str, sorted(seeds)))} matched seeds, 95 % intervals, * Holm-corrected p < 0.05 over the cells."
+        f"{'/'.join(map(str, sorted(seeds)))} matched seeds, 95 % intervals, * Holm-corrected p < 0.05 over the cells. "
+        f"With the other arms of the first two cells: {took(all_rates(cells))}"
     )
     columns = ["cell", "plain GRPO", "twice", "POPO", "POPO - twice", "POPO - plain", "twice - plain"]
     return f"{head}\n\n{markdown(columns, rows)}"
@@ -542,7 +556,8 @@ def storing(cells: dict[str, dict[str, dict]], path: Path) -> Path:
         axis.set_axisbelow(True)
         tidy(axis)
     axes[0, 0].set_ylabel("points of accuracy")
-    figure.supxlabel("learning rate, the same for both; tuned: for each its own", fontsize=12)
+    about = f"learning rate, the same for both; tuned: for each its own\n{took(all_rates(cells))}"
+    figure.supxlabel(about, fontsize=12)
     figure.suptitle("POPO against a second pass over fresh answers, at equal rollouts (above 0: storing is ahead)")
     return plot.save(figure, path)
 
@@ -630,8 +645,9 @@ def read_map() -> list[dict]:
 def tables() -> dict[str, str]:
     """Every table of the documentation by its name."""
     made = {}
-    for name in ("none", "digits", "hard", "beta", "refilled", "draw", "popo", "claims", "countdown"):
+    for name in ("none", "digits", "hard", "refilled", "draw", "popo", "claims", "countdown", *EQUAL):
         made[name] = overview_table(read_results(name))
+    made["storing"] = storing_table({cell: read_results(name) for cell, name in STORING.items()})
     if read_results("long"):  # its campaign goes on, a session at a time
         made["long"] = long_table(read_results("long"))
     made["seconds"] = overview_table(read_results("seconds"), "seconds")
@@ -680,6 +696,8 @@ def figures(folder: Path) -> list[Path]:
         demo_figure.demo(demo, folder / "demo.png"),
         forest(shown, folder / "none.png", pays),
         forest(digits, folder / "digits.png", shrinks),
+        *(forest(read_results(name), folder / f"{name}.png", title) for name, title in EQUAL.items()),
+        storing({cell: read_results(name) for cell, name in STORING.items()}, folder / "storing.png"),
         regimes(cells, folder / "map.png", rules, interference=0.0),
         regimes(cells, folder / "map-interference.png", rules, interference=0.5),
     ]

@@ -274,8 +274,9 @@ class SecondPass(ReplayStore):
     2. Where it is at least `min_ess`, the same answers are trained on once more, clipped around mu. That is pi_old but
        for the mismatch of a vLLM engine, which w does not correct in this pass.
 
-    In the simulator (lab/gates.py) it is at no rate behind one pass, and ahead at most of those at which two always are;
-    `min_ess` was chosen there. It stores nothing. It costs a forward pass a step, and a backward one where the second pass is taken.
+    `min_ess` was chosen in the simulator (lab/gates.py), where this is at no rate behind one pass. In the network it is
+    so without sharing; where prompts share digits it does no better than two passes always (docs/results.md). It stores
+    nothing. It costs a forward pass a step, and a backward one where the second pass is taken.
     """
 
     DECIDES = "places"

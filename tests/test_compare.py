@@ -211,7 +211,7 @@ def test_a_table_is_filled_in_between_its_marks_and_an_unknown_one_is_refused():
 def test_all_figures_of_the_documentation_are_made_from_shipped_results(tmp_path):
     paths = figures.figures(tmp_path)
     shipped = {path.name for path in (figures.DOCS / "figures").glob("*.png")}
-    assert len(paths) == 8 and {path.name for path in paths} == shipped
+    assert len(paths) == 11 and {path.name for path in paths} == shipped
     assert all(path.stat().st_size > 10_000 for path in paths)
 
 

@@ -207,10 +207,7 @@ def analyse(runs: list[dict], methods: list[str]) -> dict:
     # p values are corrected over the methods of one column
     for column in ("difference", "area"):
         for cost in COSTS:
-            tests = [entry[column][cost] for entry in entries.values() if cost in entry[column]]
-            corrected = stats.holm([test["p"] for test in tests])
-            for test, p in zip(tests, corrected, strict=True):
-                test["p_holm"] = p
+            stats.correct([entry[column][cost] for entry in entries.values() if cost in entry[column]])
     return {"baseline": methods[0], "methods": entries}
 
 

@@ -315,13 +315,12 @@ def storing_table(cells: dict[str, dict[str, dict]]) -> str:
     pairs = [("group", "twice"), ("group", "none"), ("twice", "none")]
     tests = {pair: [between(results["tuned"], *pair) for results in cells.values()] for pair in pairs}
     for column in tests.values():
-        for test, p in zip(column, stats.holm([test["p"] for test in column]), strict=True):
-            test["p_holm"] = p
+        stats.correct(column)
     rows = []
-    for i, (name, results) in enumerate(cells.items()):
+    for i, (cell, results) in enumerate(cells.items()):
         methods = results["tuned"]["methods"]
-        accuracy = [f"{100 * methods[name]['accuracy']['rollouts']:.1f}" for name in ("none", "twice", "group")]
-        rows.append([name, *accuracy, *(points_of(column[i]) for column in tests.values())])
+        accuracy = [f"{100 * methods[method]['accuracy']['rollouts']:.1f}" for method in ("none", "twice", "group")]
+        rows.append([cell, *accuracy, *(points_of(column[i]) for column in tests.values())])
     seeds = {entry["seeds"] for results in cells.values() for entry in results["tuned"]["methods"].values()}
     head = (
         "Accuracy in per cent with the learning rate tuned for each arm, and differences in points at equal rollouts, "
@@ -648,8 +647,7 @@ def tables() -> dict[str, str]:
     for name in ("none", "digits", "hard", "refilled", "draw", "popo", "claims", "countdown", *EQUAL):
         made[name] = overview_table(read_results(name))
     made["storing"] = storing_table({cell: read_results(name) for cell, name in STORING.items()})
-    if read_results("long"):  # its campaign goes on, a session at a time
-        made["long"] = long_table(read_results("long"))
+    made["long"] = long_table(read_results("long"))
     made["seconds"] = overview_table(read_results("seconds"), "seconds")
     made["second-pass"] = second_pass_table(json.loads((RESULTS / "second-pass.json").read_text())["cells"])
     made["gates"] = gates_table(json.loads((RESULTS / "gates.json").read_text())["cells"])
@@ -688,9 +686,8 @@ def figures(folder: Path) -> list[Path]:
     reference = DOCS / "reference"
     with np.load(VISITS) as file:
         visits = file["visits"]
-    long = read_results("long")
     return [
-        *([by_rate(long, folder / "long.png")] if long else []),
+        by_rate(read_results("long"), folder / "long.png"),
         plot.curves(reference / "prompt", reference / "none", folder / "curves.png"),
         lives.draw(visits, folder / "lives.png"),
         demo_figure.demo(demo, folder / "demo.png"),

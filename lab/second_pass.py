@@ -176,9 +176,7 @@ def judge(setting: Setting, seeds: list[int]) -> dict:
 def correct(cells: dict[str, dict]) -> None:
     """Holm's correction over the cells, for each difference apart."""
     for name in next(iter(cells.values()))["tests"]:
-        tests = [cell["tests"][name] for cell in cells.values()]
-        for test, p in zip(tests, stats.holm([test["p"] for test in tests]), strict=True):
-            test["p_holm"] = p
+        stats.correct([cell["tests"][name] for cell in cells.values()])
 
 
 @exits(2, ValueError, OSError)

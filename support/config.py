@@ -374,6 +374,11 @@ def load_class(name: str) -> type:
     return found
 
 
+def is_own(kind: type) -> bool:
+    """Whether it is a class of a user's file."""
+    return kind.__module__.startswith("file ")  # as load_file names the modules that it makes
+
+
 def load_file(path: str):
     """The module that a user's file is."""
     if not os.path.isfile(path):
@@ -498,7 +503,7 @@ def check_rules(config, methods: dict) -> None:
     for place, kind in choose_rules(config.replay, methods).items():
         counts = [config.prompts_per_step] if place == "prompts" else []
         settings = arguments(kind, config, *counts)
-        if not kind.__module__.startswith("file "):  # as load_file names the modules that it makes
+        if not is_own(kind):
             kind(*counts, **settings)
 
 

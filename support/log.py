@@ -200,7 +200,7 @@ class Gauge(Saved):
             rewards = torch.stack([group.rewards for group in groups]).numpy()  # [P, G]
             prompts = [group.prompt for group in groups]
             rates = rewards.clip(0, 1).mean(1)
-            rates[(rewards == rewards[:, :1]).all(1) & (rewards[:, 0] < 1)] = 0
+            rates[(rewards == rewards[:, :1]).all(1) & (rewards[:, 0] < 1)] = 0  # as Group.num_correct has it
             for prompt, rate in zip(prompts, rates.tolist(), strict=True):
                 change = rate - self.rate[prompt]
                 if not math.isnan(change):

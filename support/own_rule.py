@@ -14,7 +14,7 @@ from collections.abc import Iterator
 import torch
 
 from support import limits
-from support.config import line_in
+from support.config import is_own, line_in
 from support.epochs import Epochs
 
 OF_THE_LOOP = ("step", "rollouts", "tokens", "lr", "reward", "eval_accuracy", "seconds_total")  # figures of its own
@@ -26,7 +26,7 @@ class RuleBroken(limits.UsersCodeBroken):
 
 def guarded(kind: type) -> type:
     """A class of a user's file with all that it returns checked; one of the project's as it is."""
-    if not kind.__module__.startswith("file "):  # as config.load_file names the modules that it makes
+    if not is_own(kind):
         return kind
     checks = CheckedSampler if hasattr(kind, "draw") else CheckedStore
     return type(kind.__name__, (checks, kind), {"__module__": kind.__module__})

@@ -412,6 +412,12 @@ def holm(p_values: list[float]) -> list[float]:
     return corrected
 
 
+def correct(tests: list[dict]) -> None:
+    """Puts Holm's corrected p value, `p_holm`, into each of the tests that `by_seed` has made."""
+    for test, p in zip(tests, holm([test["p"] for test in tests]), strict=True):
+        test["p_holm"] = p
+
+
 # ---------------------------------------------------------------- results files
 
 

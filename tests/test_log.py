@@ -247,7 +247,7 @@ def test_wandb_that_cannot_start_says_what_to_do(tmp_path, wandb, tensorboard):
         log.Mirror("project").start(tmp_path, {}, 0)
 
 
-def group(prompt: int, *rewards: float) -> SimpleNamespace:
+def group(prompt: int, *rewards: float) -> replay.Group:
     return make_group(prompt, list(rewards), [], [], [])
 
 
@@ -257,8 +257,7 @@ def group(prompt: int, *rewards: float) -> SimpleNamespace:
     + [([0.5, 1, -1], 1.5), ([2, 1, 1], 3)],
 )
 def test_a_pass_rate_is_the_samplers_and_dead_groups_are_of_one_of_two_kinds(rewards, right):
-    one = replay.Group(0, [torch.tensor([1])] * 3, [torch.tensor([-0.5])] * 3, [False] * 3, 1, torch.tensor(rewards))
-    one.rewards = one.rewards.float()
+    one = whole_group(0, rewards)
     assert one.num_correct == right
     figures = log.rollout_figures([one], set())
     assert figures["all_right"] + figures["all_wrong"] == figures["zero_variance"] == one.dead

@@ -535,9 +535,11 @@ def exits(code: int, *kinds: type[Exception], all_ranks: bool = False):
         yield
     except kinds as error:
         message = "; ".join([f"error: {error}", *getattr(error, "__notes__", [])])
-        for_torchrun(message)
-        if not all_ranks and os.environ.get("RANK", "0") != "0":  # the ranks may not have met yet
+        waits = not all_ranks and os.environ.get("RANK", "0") != "0"  # the ranks may not have met yet
+        if waits:
             signal.signal(signal.SIGTERM, lambda *_: sys.exit(code))  # torchrun's, once the first rank has left
+        for_torchrun(message)
+        if waits:
             time.sleep(ALONE)
         print(message, file=sys.stderr)
         raise SystemExit(code) from error

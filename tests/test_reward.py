@@ -437,7 +437,6 @@ SLOW = [  # each takes its child's life
     r"\int_0^1\int_0^1\int_0^1 e^{x^{y^z}}dxdydz",
     r"\prod_{k=1}^{10^7} k",
     "2^{2^{33}}",
-    "((((9)!)!)!)!",
 ]
 FAST = [
     "(" * 100 + "4" + ")" * 100,
@@ -474,6 +473,7 @@ FAST = [
     "__import__('os').system('exit')",
     "\n".join(["5"] * 100),
     "5" + "!" * 50,
+    "((((9)!)!)!)!",  # sympy gives up after about as long as the limit, so that either may come first
 ]
 
 

@@ -27,6 +27,7 @@ from support.config import ROOT, exits, parse
 
 COSTS = {"rollouts": "rollouts", "tokens": "sampled tokens", "optimizer_steps": "optimiser steps", "seconds": "seconds"}
 LONG_COSTS = {"rollouts": "rollouts", "tokens": "tokens", "seconds": "CPU seconds"}  # of the campaign of long answers
+LONG_SHARES = (0.6, 0.8)  # of plain GRPO's seconds that its rollouts might take on a machine where they are dearer
 BAND_FROM = 4  # seeds; of fewer the figure draws the runs themselves
 PANELS = 4  # a figure has no more
 # In a figure of many methods these have their colours and stand first; eleven colours cannot be told apart.
@@ -250,6 +251,71 @@ def long_table(results: dict[str, dict]) -> str:
     head = (
         f"{plot.label_of(base)}: {measure_of(first)} in per cent; others: points against it, paired by seed, "
         f"95 % intervals, * Holm-corrected p < 0.05.{word} {took(results)}"
+    )
+    return f"{head}\n\n{markdown(columns, rows)}"
+
+
+def priced(run: dict, price: float) -> list[float]:
+    """The seconds of a kept run at its evaluations [N], if its rollouts had taken `price` times as long. What is kept
+    is their mean share, so that it is taken for that of every step."""
+    share = run["means"]["seconds_rollout"] / run["means"]["seconds_total"]
+    return [seconds * (1 + (price - 1) * share) for seconds in run["points"]["seconds"]]
+
+
+def price_of(runs: list[dict], share: float) -> float:
+    """How many times as long the rollouts of `runs` would have to take, to be `share` of all their seconds."""
+    rollouts = sum(run["means"]["seconds_rollout"] for run in runs)
+    others = sum(run["means"]["seconds_total"] for run in runs) - rollouts
+    return share / (1 - share) * others / rollouts
+
+
+def at_price(arms: dict[str, dict[str, dict]], price: float) -> dict[str, dict]:
+    """Each of `arms` (runs by method and seed) against the first, at equal seconds with rollouts at `price`."""
+    base, *others = arms
+    tests = {}
+    for method in others:
+        runs = [*arms[base].values(), *arms[method].values()]
+        budget = min(priced(run, price)[-1] for run in runs)
+        ends = {}
+        for name in (base, method):
+            for seed, run in arms[name].items():
+                ends[name, seed] = end_accuracy(priced(run, price), run["points"]["accuracy"], budget)
+        tests[method] = stats.by_seed([ends[method, seed] - ends[base, seed] for seed in arms[base]])
+    stats.correct(list(tests.values()))
+    return tests
+
+
+def kept_arms(results: dict[str, dict], path: Path) -> dict[str, dict[str, dict[str, dict]]]:
+    """The runs that `results` were made of, by rate, method and seed, from the file of kept runs at `path`."""
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    runs = {row["folder"]: row for row in rows}
+    kept = {}
+    for rate, result in results.items():
+        kept[rate] = {}
+        for method, entry in result["methods"].items():
+            folder = f"{rate.replace(' ', '-')}/{method}"
+            kept[rate][method] = {seed: runs[f"{folder}-s{seed}"] for seed in entry["ends"]}
+    return kept
+
+
+def dear_table(kept: dict[str, dict[str, dict[str, dict]]]) -> str:
+    """Comparisons at equal seconds, if rollouts were more of a step than they are here. `kept`: runs by rate, method
+    and seed, the baseline first."""
+    columns = ["method"]
+    tests = []
+    for rate, arms in kept.items():
+        plain = list(next(iter(arms.values())).values())
+        for share in LONG_SHARES:
+            price = price_of(plain, share)
+            columns.append(f"{rate}, share {share:.1f} (x {price:.1f})")
+            tests.append(at_price(arms, price))
+    rows = []
+    for method in tests[0]:
+        rows.append([plot.label_of(method), *(points_of(test[method]) for test in tests)])
+    head = (
+        "Points against plain GRPO at equal seconds, if rollouts took so many times (x) as long that they made up this "
+        "share of plain GRPO's seconds: computed from the same runs. Paired by seed, 95 % intervals, "
+        "* Holm-corrected p < 0.05."
     )
     return f"{head}\n\n{markdown(columns, rows)}"
 
@@ -648,6 +714,7 @@ def tables() -> dict[str, str]:
         made[name] = overview_table(read_results(name))
     made["storing"] = storing_table({cell: read_results(name) for cell, name in STORING.items()})
     made["long"] = long_table(read_results("long"))
+    made["long-dear"] = dear_table(kept_arms(read_results("long"), RESULTS / "long" / "runs.jsonl"))
     made["seconds"] = overview_table(read_results("seconds"), "seconds")
     made["second-pass"] = second_pass_table(json.loads((RESULTS / "second-pass.json").read_text())["cells"])
     made["gates"] = gates_table(json.loads((RESULTS / "gates.json").read_text())["cells"])

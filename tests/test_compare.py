@@ -215,6 +215,19 @@ def test_all_figures_of_the_documentation_are_made_from_shipped_results(tmp_path
     assert all(path.stat().st_size > 10_000 for path in paths)
 
 
+def test_dear_rollouts_are_the_share_that_was_asked_for_and_at_their_own_price_what_was_measured():
+    run = {"points": {"seconds": [0, 50, 100]}, "means": {"seconds_rollout": 3.0, "seconds_total": 10.0}}
+    price = figures.price_of([run, run], 0.8)
+    assert figures.priced(run, price) == pytest.approx([0, 175, 350])
+    assert 30 * price / 350 == pytest.approx(0.8)
+    results = figures.read_results("long")
+    for rate, arms in figures.kept_arms(results, figures.RESULTS / "long" / "runs.jsonl").items():
+        for method, test in figures.at_price(arms, 1.0).items():
+            measured = results[rate]["methods"][method]["difference"]["seconds"]
+            for name in ("mean", "low", "high", "p_holm"):
+                assert test[name] == pytest.approx(measured[name], abs=2e-4)
+
+
 def test_long_answers_have_bands_for_the_baseline_and_the_control_alone(monkeypatch, tmp_path):
     drawn = []
     monkeypatch.setattr(plot, "save", lambda figure, path: drawn.append(figure) or path)

@@ -166,6 +166,16 @@ class Stop:
         return int(largest(self.signal))  # never assigned: a signal that comes right now must not be lost
 
 
+def after_in_child() -> None:
+    """A process that is forked from a run, as of a pool in a user's reward, ends by SIGTERM: `Pool` counts on it, and
+    its `with` would wait for ever for a worker that goes on. Ctrl-C still lets the step in hand finish."""
+    if isinstance(getattr(signal.getsignal(signal.SIGTERM), "__self__", None), Stop):
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+os.register_at_fork(after_in_child=after_in_child)
+
+
 def leave_terminal() -> None:
     """Output to a terminal, and to a pipe whose reader is gone, goes nowhere from now on: to write there raises
     OSError. Files stay."""

@@ -1,5 +1,6 @@
 """What asks a run to stop: the step in hand is finished and saved."""
 
+import multiprocessing
 import os
 import pty
 import signal
@@ -52,6 +53,23 @@ def start(saved: Path, ignored: bool = False) -> tuple[int, int]:
 
 def end(process: int) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
+
+
+def wait_long(begun) -> None:
+    begun.set()
+    time.sleep(SECONDS)
+
+
+def test_what_a_run_forks_ends_by_sigterm():
+    ranks.Stop()
+    context = multiprocessing.get_context("fork")
+    begun = context.Event()
+    process = context.Process(target=wait_long, args=(begun,), daemon=True)
+    process.start()
+    assert begun.wait(SECONDS)
+    process.terminate()
+    process.join(SECONDS / 3)
+    assert process.exitcode == -signal.SIGTERM
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

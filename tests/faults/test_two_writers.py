@@ -1,6 +1,7 @@
 """Two processes where one is meant: in the folder of a run, and at the embedded model."""
 
 import json
+import signal
 import subprocess
 import sys
 import time
@@ -23,7 +24,9 @@ def test_in_one_folder(resumed, count, tmp_path):
     first = start(folder, *FLAGS)
     wait_until(lambda: steps_of(folder) >= 1, first)
     more = ["--resume"] if resumed else []
+    first.signal(signal.SIGSTOP)  # or its few steps may be over before the second looks
     second = Child(lambda: start_again(folder, more), tmp_path / "second").end()
+    first.signal(signal.SIGCONT)
     count("a second process in a run's folder: one line", second.one_line, second.text)
     end = first.end()
     count(

@@ -269,6 +269,10 @@ def price_of(runs: list[dict], share: float) -> float:
     return share / (1 - share) * others / rollouts
 
 
+def end_at_price(run: dict, price: float, budget: float) -> float:
+    return end_accuracy(priced(run, price), run["points"]["accuracy"], budget)
+
+
 def at_price(arms: dict[str, dict[str, dict]], price: float) -> dict[str, dict]:
     """Each of `arms` (runs by method and seed) against the first, at equal seconds with rollouts at `price`."""
     base, *others = arms
@@ -276,11 +280,11 @@ def at_price(arms: dict[str, dict[str, dict]], price: float) -> dict[str, dict]:
     for method in others:
         runs = [*arms[base].values(), *arms[method].values()]
         budget = min(priced(run, price)[-1] for run in runs)
-        ends = {}
-        for name in (base, method):
-            for seed, run in arms[name].items():
-                ends[name, seed] = end_accuracy(priced(run, price), run["points"]["accuracy"], budget)
-        tests[method] = stats.by_seed([ends[method, seed] - ends[base, seed] for seed in arms[base]])
+        differences = []
+        for seed, other in arms[base].items():
+            ours = end_at_price(arms[method][seed], price, budget)
+            differences.append(ours - end_at_price(other, price, budget))
+        tests[method] = stats.by_seed(differences)
     stats.correct(list(tests.values()))
     return tests
 
@@ -703,6 +707,10 @@ def read_results(name: str) -> dict[str, dict]:
     return results
 
 
+def read_storing() -> dict[str, dict[str, dict]]:
+    return {cell: read_results(name) for cell, name in STORING.items()}
+
+
 def read_map() -> list[dict]:
     return json.loads((RESULTS / "map.json").read_text())["cells"]
 
@@ -712,9 +720,10 @@ def tables() -> dict[str, str]:
     made = {}
     for name in ("none", "digits", "hard", "refilled", "draw", "popo", "claims", "countdown", *EQUAL):
         made[name] = overview_table(read_results(name))
-    made["storing"] = storing_table({cell: read_results(name) for cell, name in STORING.items()})
-    made["long"] = long_table(read_results("long"))
-    made["long-dear"] = dear_table(kept_arms(read_results("long"), RESULTS / "long" / "runs.jsonl"))
+    made["storing"] = storing_table(read_storing())
+    long = read_results("long")
+    made["long"] = long_table(long)
+    made["long-dear"] = dear_table(kept_arms(long, RESULTS / "long" / "runs.jsonl"))
     made["seconds"] = overview_table(read_results("seconds"), "seconds")
     made["second-pass"] = second_pass_table(json.loads((RESULTS / "second-pass.json").read_text())["cells"])
     made["gates"] = gates_table(json.loads((RESULTS / "gates.json").read_text())["cells"])
@@ -761,7 +770,7 @@ def figures(folder: Path) -> list[Path]:
         forest(shown, folder / "none.png", pays),
         forest(digits, folder / "digits.png", shrinks),
         *(forest(read_results(name), folder / f"{name}.png", title) for name, title in EQUAL.items()),
-        storing({cell: read_results(name) for cell, name in STORING.items()}, folder / "storing.png"),
+        storing(read_storing(), folder / "storing.png"),
         regimes(cells, folder / "map.png", rules, interference=0.0),
         regimes(cells, folder / "map-interference.png", rules, interference=0.5),
     ]
